@@ -1,0 +1,1 @@
+"""Data, checkpoint and tables of the embedded default."""

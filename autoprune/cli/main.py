@@ -1,0 +1,89 @@
+"""The ``autoprune`` command: its sub-commands, and the one place where an error becomes a line and an exit code.
+
+Exit codes: 0 done, 1 failed (also: budget missed), 2 bad input, 3 budget infeasible, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from autoprune.cli import bench, lut, report, search, train
+from autoprune.core.errors import AutopruneError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="autoprune",
+    help="Search per-layer pruning policies under a measured budget, train them, and run them faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("search")(search.search)
+app.command("train")(train.train)
+app.command("bench")(bench.bench)
+app.command("report")(report.report)
+app.add_typer(lut.app, name="lut")
+
+
+@app.callback()
+def _root() -> None:
+    """Search per-layer pruning policies under a measured budget, train them, and run them faster."""
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command line ``argv`` and return its exit code; errors are told on stderr, one line each."""
+    try:
+        code = app(args=list(argv), prog_name="autoprune", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_stdout()
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        return _tell(error, debug="--debug" in argv)
+    # typer answers Ctrl-C with a code instead of the exception
+    return _interrupted() if code == INTERRUPTED else int(code or 0)
+
+
+def _tell(error: BaseException, *, debug: bool) -> int:
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        return _interrupted()
+    if isinstance(error, AutopruneError):
+        line, code = str(error), error.exit_code
+    elif hasattr(error, "format_message"):  # a usage error; its class is click's or typer's, by typer's version
+        path = getattr(getattr(error, "ctx", None), "command_path", "autoprune")
+        line, code = f"{error.format_message()} See: {path} --help", 2
+        if not error.format_message():
+            return 2  # no arguments at all: the help has been shown
+    else:
+        hint = "" if debug else " Run it again with --debug for the traceback."
+        line, code = f"unexpected {type(error).__name__}: {error}.{hint}", 1
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    print(f"autoprune: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+def _interrupted() -> int:
+    print("autoprune: interrupted; the same command resumes where it stopped.", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _drop_stdout() -> None:
+    """Send what is still buffered nowhere: the reader has gone, and Python would complain at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Progress on stderr: bars with the time left in a terminal, one line per stage elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, TextIO
+
+from autoprune.core.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+
+def make_progress(stream: TextIO | None = None) -> Progress:
+    """Return bars if ``stream`` (stderr by default) is a terminal, else plain lines."""
+    stream = stream or sys.stderr
+    return Bars() if stream.isatty() else Lines(stream)
+
+
+class Bars:
+    """A bar per stage, with the time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bars = RichProgress(
+            TextColumn("{task.description:<16}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task: TaskID | None = None
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """Start a bar; a total of None shows one that only moves."""
+        self._close_stage()
+        self._bars.start()
+        self._task = self._bars.add_task(name, total=total)
+
+    def advance(self, n: int = 1) -> None:
+        """Move the present bar."""
+        if self._task is not None:
+            self._bars.advance(self._task, n)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._bars.console.print(text, markup=False, highlight=False)
+
+    def finish(self) -> None:
+        """Complete the last bar and leave all of them standing."""
+        self._close_stage()
+        self._bars.stop()
+
+    def _close_stage(self) -> None:
+        if self._task is not None:
+            done = self._bars.tasks[self._task].completed
+            self._bars.update(self._task, total=max(done, 1), completed=max(done, 1))
+            self._task = None
+
+
+class Lines:
+    """One line when a stage starts and one when it ends."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._name: str | None = None
+        self._done = 0
+        self._start = 0.0
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """Say that a stage starts, and how many steps it has."""
+        self.finish()
+        self._name, self._done, self._start = name, 0, time.monotonic()
+        self._print(f"{name}: started" + (f", {total} steps" if total is not None else ""))
+
+    def advance(self, n: int = 1) -> None:
+        """Count, silently."""
+        self._done += n
+
+    def note(self, text: str) -> None:
+        """Print the line."""
+        self._print(text)
+
+    def finish(self) -> None:
+        """Say that the stage is over, and how long it took."""
+        if self._name is not None:
+            steps = f", {self._done} steps" if self._done else ""
+            self._print(f"{self._name}: done in {time.monotonic() - self._start:.1f} s{steps}")
+            self._name = None
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)

@@ -1,0 +1,88 @@
+"""``autoprune search``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autoprune.cli import options
+
+if TYPE_CHECKING:
+    from autoprune.core.result import Result
+
+
+def search(
+    budget: Annotated[
+        str,
+        typer.Option(help="What the network may cost: latency=50%, latency=8ms, speedup=2x, macs=50%, params=25%, size=1MB."),
+    ],
+    model: options.Model = "resnet20",
+    data: options.Data = "fashion-mnist",
+    data_dir: options.DataDir = None,
+    agent: Annotated[str, typer.Option(help="Searcher; auto takes the one that suits the space and the budget.")] = "auto",
+    space: Annotated[str, typer.Option(help="Search space: a preset's name or a YAML file.")] = "cpu-default",
+    table: Annotated[
+        Path | None, typer.Option(help="Latency table to use.", show_default="measured here, kept in the run")
+    ] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(min=1, help="Policies to evaluate.", show_default="the searcher's own number")
+    ] = None,
+    batch: options.Batch = 1,
+    threads: options.Threads = 1,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    run: options.Run = None,
+    runs_dir: options.RunsDir = Path("runs"),
+    fresh: options.Fresh = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Find the sparsity of every layer that meets a measured budget with the least loss of accuracy."""
+    from autoprune.cli.progress import make_progress
+    from autoprune.core.budget import parse_budget
+    from autoprune.core.rundir import RunDir, run_name
+    from autoprune.report.html import write_report
+    from autoprune.search.pipeline import SearchConfig, run_search
+
+    parse_budget(budget)  # a wrong budget is refused before anything heavy starts
+    config = SearchConfig(
+        budget=budget,
+        model=model,
+        data=data,
+        data_dir=data_dir,
+        agent=agent,
+        space=space,
+        table=table,
+        evaluations=evaluations,
+        batch=batch,
+        threads=threads,
+        seed=seed,
+        device=device,
+        run=run or run_name(model, budget, agent, f"s{seed}"),
+        runs_dir=runs_dir,
+        fresh=fresh,
+    )
+    progress = make_progress()
+    try:
+        result = run_search(config, progress)
+    finally:
+        progress.finish()
+    folder = RunDir(runs_dir / str(config.run))
+    report = write_report(folder)
+    _show(result, {"policy": folder.policy, "weights": folder.weights, "report": report}, as_json)
+    if not result.met:
+        raise typer.Exit(1)
+
+
+def _show(result: Result, paths: dict[str, Path], as_json: bool) -> None:
+    present = {name: path for name, path in paths.items() if path.exists()}
+    if not as_json:
+        from autoprune.cli.table import print_result
+
+        print_result(result, present)
+        return
+    record = result.model_dump(include={"model", "data", "budget", "agent", "seed", "met", "reason", "rows", "references"})
+    print(json.dumps({**record, "paths": {name: str(path) for name, path in present.items()}}))

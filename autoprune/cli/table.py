@@ -1,0 +1,48 @@
+"""The closing table of a search, in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autoprune.core.result import Result
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_STYLES = {"dense": "dim", "chosen": "bold green", "baseline": ""}
+_WIDTH_OF_A_FILE = 140
+
+
+def make_console() -> Console:
+    """Return a console on stdout; wide enough for the table where stdout is not a terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE, highlight=False)
+
+
+def print_result(result: Result, paths: Mapping[str, Path]) -> None:
+    """Print the table, the dense executions, whether the budget is met, and the files written."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    from autoprune.report.summary import COLUMNS, reference_lines, table_lines, verdict
+
+    console = make_console()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("policy", "budget") else "right", no_wrap=True)
+    for line in table_lines(result):
+        missed = line.role == "chosen" and not result.met
+        table.add_row(*map(escape, line.cells), style="bold red" if missed else _STYLES[line.role])
+    console.print(table)
+    console.print("Dense executions, measured:")
+    for name, time, remark in reference_lines(result):
+        console.print(f"  {name:<24}{time:>10}  {remark}", markup=False)
+    console.print()
+    console.print(verdict(result), markup=False, style="bold" if result.met else "bold red")
+    for name, path in paths.items():
+        console.print(f"  {name:<8}{path}", markup=False, soft_wrap=True)

@@ -1,0 +1,207 @@
+"""The only module that names files under ``runs/``. Every write is temp file + fsync + rename."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from autoprune.core.errors import RunError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=%@+-]{0,127}")
+_NOT_IN_NAME = re.compile(r"[^A-Za-z0-9._=%@+-]+")
+
+
+def run_name(*parts: object) -> str:
+    """Return a run's default name: the parts joined by ``-``, what no folder name may hold replaced by ``_``."""
+    name = _NOT_IN_NAME.sub("_", "-".join(str(part) for part in parts)).lstrip("._=%@+-")
+    return name[:128] or "run"
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is flushed to disk and takes its place."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp makes it 0600; results are for sharing
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically.
+
+    Raises:
+        RunError: The folder cannot be written.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; choose another folder or free the disk.") from None
+
+
+class RunDir:
+    """One run's folder.
+
+    Args:
+        path: The folder; made by ``open``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @staticmethod
+    def open(root: Path, name: str, config: Mapping[str, object], *, fresh: bool = False) -> RunDir:
+        """Return the run's folder, made if absent; an existing one must hold the same configuration.
+
+        Args:
+            root: The folder of all runs.
+            name: One path segment.
+            config: What determines the run's result; JSON values.
+            fresh: Set an existing run aside (renamed ``NAME.old-K``) and start over.
+        Raises:
+            RunError: The name leaves ``root``, the folder is unwritable, or it holds another configuration.
+        """
+        if not _NAME.fullmatch(name):
+            raise RunError(f"--run {name!r}: one name of letters, digits and . _ - = % @ +, inside {root}/.")
+        run = RunDir(root / name)
+        if fresh and run.path.exists():
+            run._set_aside()
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make run folder {run.path}: {error.strerror}; choose another --runs-dir.") from None
+        if not os.access(run.path, os.W_OK):
+            raise RunError(f"run folder {run.path} is not writable; choose another --runs-dir.")
+        run._check_config(config)
+        return run
+
+    @staticmethod
+    def find(root: Path, run: str) -> RunDir:
+        """Return an existing run, given its name under ``root`` or the path of its folder.
+
+        Raises:
+            RunError: There is no such run; the newest of those that exist are named.
+        """
+        for path in (root / run, Path(run)):
+            if (path / "config.json").is_file():
+                return RunDir(path)
+        found = root.glob("*/config.json") if root.is_dir() else iter(())
+        names = [path.parent.name for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+        known = f"newest runs: {', '.join(names[:5])}" if names else "there are no runs; start one with autoprune search"
+        raise RunError(f"no run '{run}' in {root}/: {known}.")
+
+    def _set_aside(self) -> None:
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        try:
+            self.path.rename(target)
+        except OSError as error:
+            raise RunError(f"cannot set {self.path} aside: {error.strerror}; choose another --runs-dir.") from None
+
+    def _check_config(self, config: Mapping[str, object]) -> None:
+        new = json.loads(json.dumps(config))
+        if not self.config.exists():
+            write_text(self.config, json.dumps(new, indent=2, sort_keys=True) + "\n")
+            return
+        old = self.read_json(self.config)
+        if old == new:
+            return
+        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        first = changed[0]
+        raise RunError(
+            f"run folder {self.path} holds another configuration ({first}: {old.get(first)!r}, now {new.get(first)!r}); "
+            "give another --run name, or --fresh to start over."
+        )
+
+    def read_json(self, path: Path) -> dict[str, object]:
+        """Return a JSON object of this run.
+
+        Raises:
+            RunError: It is absent or damaged.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read ({error.strerror}).") from None
+        except ValueError:
+            raise RunError(f"{path} is damaged; delete it to have it made again, or start over with --fresh.") from None
+        if not isinstance(data, dict):
+            raise RunError(f"{path} is damaged: not a JSON object; start over with --fresh.")
+        return data
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.json"
+
+    @property
+    def policy(self) -> Path:
+        """The chosen policy."""
+        return self.path / "policy.json"
+
+    @property
+    def study(self) -> Path:
+        """The Optuna study (SQLite)."""
+        return self.path / "study.db"
+
+    @property
+    def table(self) -> Path:
+        """The latency table the search used."""
+        return self.path / "table.json"
+
+    @property
+    def database(self) -> Path:
+        """Masked and compensated weights per layer and choice."""
+        return self.path / "database.safetensors"
+
+    @property
+    def errors(self) -> Path:
+        """Measured error of each single layer's choice."""
+        return self.path / "errors.json"
+
+    @property
+    def references(self) -> Path:
+        """Latency of every dense execution tried."""
+        return self.path / "references.json"
+
+    @property
+    def result(self) -> Path:
+        """Everything the report shows."""
+        return self.path / "result.json"
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.path / "report.html"
+
+    @property
+    def weights(self) -> Path:
+        """Fine-tuned weights of the chosen policy, or the last trained weights."""
+        return self.path / "weights.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics per epoch of a training."""
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The training's resumable state."""
+        return self.path / "checkpoint.pt"
+
+    def tuned(self, label: str) -> Path:
+        """Fine-tuned weights of one candidate policy."""
+        return self.path / f"tuned-{label}.safetensors"

@@ -1,0 +1,76 @@
+"""The report of a run: one HTML file that needs no network, made from ``result.json`` and ``policy.json`` alone."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from autoprune.core.policy import Policy, PolicyFile
+from autoprune.core.result import Result
+from autoprune.core.rundir import RunDir, write_text
+from autoprune.report.explain import explain
+from autoprune.report.plots import figures
+from autoprune.report.summary import (
+    COLUMNS,
+    percent,
+    reference_lines,
+    seconds_text,
+    significant,
+    table_lines,
+    time_text,
+    verdict,
+)
+
+def write_report(run: RunDir) -> Path:
+    """Write ``report.html`` into a run's folder and return its path.
+
+    Raises:
+        RunError: The run has no readable result, or its folder cannot be written.
+        PolicyError: Its policy file is damaged.
+    """
+    result = Result.load(run.result)
+    policy = Policy.load(run.policy).file if run.policy.exists() else None
+    write_text(run.report, render(result, policy))
+    return run.report
+
+
+def render(result: Result, policy: PolicyFile | None = None) -> str:
+    """Return the report as HTML text."""
+    plots = {name: Markup(text) for name, text in figures(result).items()}
+    return _environment().get_template("template.html.j2").render(
+        result=result,
+        policy=policy,
+        verdict=verdict(result),
+        columns=COLUMNS,
+        lines=table_lines(result),
+        references=reference_lines(result),
+        explanations=explain(result),
+        plots=plots,
+        plotly_js=Markup(get_plotlyjs()),
+        total_seconds=sum(result.seconds.values()),
+    )
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("autoprune.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        time=time_text, seconds=seconds_text, percent=percent, significant=significant, times_floor=_times_floor
+    )
+    return environment
+
+
+def _times_floor(measured_us: float | None, floor_us: float) -> str:
+    if measured_us is None or floor_us <= 0.0:
+        return "–"
+    return f"{measured_us / floor_us:.1f} ×"

@@ -1,0 +1,151 @@
+"""A result in words: the one place where its figures become text, for the closing table and the report alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autoprune.core.result import Result, Row
+
+NONE = "–"
+
+COLUMNS = (
+    "policy",
+    "predicted",
+    "measured",
+    "× dense",
+    "MACs",
+    "weights",
+    "pruned",
+    "tuned",
+    "test",
+    "budget",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the closing table.
+
+    Attributes:
+        cells: One text per entry of ``COLUMNS``.
+        role: ``dense``, ``chosen`` or ``baseline``.
+    """
+
+    cells: tuple[str, ...]
+    role: str
+
+
+def time_text(us: float | None) -> str:
+    """Return a time with three significant digits and its unit; a dash for None."""
+    if us is None:
+        return NONE
+    value, unit = (us, "µs") if us < 999.5 else (us / 1e3, "ms") if us < 999.5e3 else (us / 1e6, "s")
+    return f"{significant(value)} {unit}"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a wall time such as ``0.4 s``, ``38 s`` or ``4 min 05 s``."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def percent(fraction: float | None, digits: int = 1) -> str:
+    """Return a fraction as a percentage; a dash for None."""
+    return NONE if fraction is None else f"{100.0 * fraction:.{digits}f} %"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Return a number with ``digits`` significant digits and no exponent."""
+    if value == 0.0:
+        return "0"
+    places = max(0, digits - len(f"{abs(value):.0f}")) if abs(value) >= 1.0 else digits
+    return f"{value:.{places}f}"
+
+
+def verdict(result: Result) -> str:
+    """Return one plain sentence: what was asked, and whether the measured network meets it."""
+    asked = f"{result.budget} for {result.model} on {result.data}"
+    chosen = result.row("chosen")
+    if chosen is None:
+        return f"No policy was found for {asked}." + _reason(result)
+    parts = [_latency_clause(result, chosen), _accuracy_clause(chosen)]
+    found = ", ".join(part for part in parts if part)
+    state = "The budget is met" if result.met else "The budget is missed"
+    return f"{state}: asked was {asked}; the chosen policy {found}." + _reason(result)
+
+
+def _reason(result: Result) -> str:
+    return f" {result.reason.rstrip('.')}." if result.reason else ""
+
+
+def _latency_clause(result: Result, chosen: Row) -> str:
+    cost = chosen.measured
+    fastest = result.fastest_reference
+    if cost is None or cost.latency_us is None:
+        return f"keeps {percent(chosen.predicted.macs_ratio)} of the MACs (its latency was not measured)"
+    text = f"runs in {time_text(cost.latency_us)} as measured"
+    if fastest is not None:
+        name, us = fastest
+        text += f", {percent(cost.latency_us / us)} of the fastest dense execution ({name}, {time_text(us)})"
+    return text
+
+
+def _accuracy_clause(chosen: Row) -> str:
+    accuracy = chosen.accuracy
+    if accuracy.test is not None and accuracy.dense_test is not None:
+        return f"and reaches {percent(accuracy.test, 2)} on the test data (dense: {percent(accuracy.dense_test, 2)})"
+    final = accuracy.tuned if accuracy.tuned is not None else accuracy.pruned
+    if final is None:
+        return ""
+    return f"and reaches {percent(final, 2)} on the validation data (dense: {percent(accuracy.dense, 2)})"
+
+
+def table_lines(result: Result) -> list[Line]:
+    """Return the closing table: dense, chosen, then the baselines in the result's order."""
+    return [_line(row, result) for row in result.rows]
+
+
+def _line(row: Row, result: Result) -> Line:
+    role = row.name if row.name in ("dense", "chosen") else "baseline"
+    measured = row.measured
+    ratio = measured.latency_ratio if measured is not None else row.predicted.latency_ratio
+    ratio_text = NONE if ratio is None else f"{ratio:.2f}" + ("" if measured is not None else " (pred.)")
+    pruned, test = row.accuracy.pruned, row.accuracy.test
+    if role == "dense":
+        chosen = result.row("chosen")
+        pruned = row.accuracy.dense
+        test = chosen.accuracy.dense_test if chosen is not None else row.accuracy.dense_test
+    name = row.name if row.proposer in ("", row.name) else f"{row.name} ({row.proposer})"
+    cells = (
+        name,
+        time_text(row.predicted.latency_us),
+        time_text(measured.latency_us if measured is not None else None),
+        ratio_text,
+        percent(row.predicted.macs_ratio),
+        percent(row.predicted.params_ratio),
+        percent(pruned, 2),
+        percent(row.accuracy.tuned, 2),
+        percent(test, 2) if role != "baseline" else NONE,
+        NONE if row.feasible is None else "met" if row.feasible else "missed",
+    )
+    return Line(cells, role)
+
+
+def reference_lines(result: Result) -> list[tuple[str, str, str]]:
+    """Return (name, time, remark) of every dense execution, the fastest first, absent ones last."""
+    ordered = sorted(result.references.items(), key=lambda item: item[1])
+    lines = [(name, time_text(us), "fastest" if index == 0 else "") for index, (name, us) in enumerate(ordered)]
+    return lines + [(name, NONE, why) for name, why in sorted(result.absent_references.items())]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the indices of points that no other beats in both coordinates (less is better), by the first one."""
+    order = sorted(range(len(points)), key=lambda index: points[index])
+    front: list[int] = []
+    for index in order:
+        if not front or points[index][1] < points[front[-1]][1]:
+            front.append(index)
+    return front

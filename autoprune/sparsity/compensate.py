@@ -1,0 +1,95 @@
+"""Least-squares compensation: the kept weights that best reproduce a layer's dense outputs on real inputs.
+
+For one filter with dense weights ``w`` (a row), kept positions ``m`` and input second moments ``H = E[x xᵀ]``, the error
+``E[(w'x − wx)²]`` is least at ``w'_m = w_m + H_mm⁻¹ H_mp w_p`` (p: the pruned positions). Filters with one mask share
+one factorisation, which is why blocks are cheap.
+
+Sources: Hassibi & Stork, "Optimal brain surgeon" (1993); Frantar & Alistarh, "Optimal brain compression" (2022), whose
+greedy removal is replaced here by a given mask and one exact solve.
+Shapes: ``W`` (K, D) and masks (K, D) with D = C·R·S in the weight's own order; ``H`` (D, D).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DAMPING = 1e-3
+
+
+def damped(moments_DD: Tensor) -> Tensor:
+    """Return ``H`` float64 with ``DAMPING`` of its mean diagonal added, so that dead inputs leave it invertible."""
+    moments = moments_DD.double()
+    return moments + torch.eye(len(moments), dtype=torch.float64) * (DAMPING * moments.diagonal().mean() + 1e-12)
+
+
+def saliency(weight_KD: Tensor, inverse_DD: Tensor) -> Tensor:
+    """Return the output error that removing each single weight costs after compensation, ``w² / [H⁻¹]_jj`` (K, D)."""
+    return (weight_KD.double().square() / inverse_DD.diagonal()).to(weight_KD.dtype)
+
+
+def compensate(weight_KD: Tensor, mask_KD: Tensor, damped_DD: Tensor, inverse_DD: Tensor) -> Tensor:
+    """Return the masked weights (K, D) with the least output error.
+
+    Args:
+        weight_KD: Dense weights, float32.
+        mask_KD: True where a weight stays.
+        damped_DD: ``damped(H)``.
+        inverse_DD: Its inverse; whichever of the kept and pruned sets is smaller is solved for.
+    """
+    weight = weight_KD.double()
+    result = torch.zeros_like(weight)
+    unique_UD, group_K = torch.unique(mask_KD, dim=0, return_inverse=True)
+    few_kept = unique_UD.sum(1) * 2 <= unique_UD.shape[1]
+    if len(unique_UD) < len(weight):  # shared masks: one factorisation serves all filters of a group
+        for index, mask in enumerate(unique_UD):
+            rows = group_K == index
+            solve = _solve_kept if few_kept[index] else _solve_pruned
+            matrix = damped_DD if few_kept[index] else inverse_DD
+            result[rows] = solve(weight[rows], mask, damped_DD, matrix)
+        return (result * mask_KD).to(weight_KD.dtype)
+    few = few_kept[group_K]
+    if few.any():
+        result[few] = _solve_rows(weight[few], mask_KD[few], weight[few] @ damped_DD, damped_DD)
+    if not few.all():
+        rest = ~few
+        pruned = weight[rest] * ~mask_KD[rest]
+        step = _solve_rows(pruned, ~mask_KD[rest], pruned, inverse_DD)
+        result[rest] = weight[rest] - step @ inverse_DD
+    return (result * mask_KD).to(weight_KD.dtype)
+
+
+def _solve_kept(weight: Tensor, mask: Tensor, damped_DD: Tensor, _: Tensor) -> Tensor:
+    kept = mask.nonzero().squeeze(1)
+    target = (weight @ damped_DD)[:, kept]
+    result = torch.zeros_like(weight)
+    if len(kept):
+        factor = torch.linalg.cholesky(damped_DD[kept][:, kept])
+        result[:, kept] = torch.cholesky_solve(target.T, factor).T
+    return result
+
+
+def _solve_pruned(weight: Tensor, mask: Tensor, _: Tensor, inverse_DD: Tensor) -> Tensor:
+    pruned = (~mask).nonzero().squeeze(1)
+    if not len(pruned):
+        return weight
+    factor = torch.linalg.cholesky(inverse_DD[pruned][:, pruned])
+    step = torch.cholesky_solve(weight[:, pruned].T, factor).T
+    return weight - step @ inverse_DD[pruned]
+
+
+def _solve_rows(weight: Tensor, mask: Tensor, target: Tensor, matrix: Tensor) -> Tensor:
+    """Solve ``matrix[m, m] y_m = target_m`` for each row's own set m; unused places of the batch are unit rows."""
+    counts = mask.sum(1)
+    size = int(counts.max())
+    result = torch.zeros_like(weight)
+    if size == 0:
+        return result
+    order = torch.argsort(~mask, dim=1, stable=True)[:, :size]
+    used = torch.arange(size)[None] < counts[:, None]
+    systems = matrix[order[:, :, None], order[:, None, :]]
+    both = used[:, :, None] & used[:, None, :]
+    systems = torch.where(both, systems, torch.eye(size, dtype=matrix.dtype))
+    right = torch.where(used, target.gather(1, order), 0.0)
+    solution = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(systems)).squeeze(2)
+    return result.scatter(1, order, torch.where(used, solution, 0.0))

@@ -1,0 +1,60 @@
+"""A task: a trained dense network and the data it is judged by."""
+
+from __future__ import annotations
+
+import importlib.resources
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from autoprune.core.errors import ModelError
+from autoprune.tasks.data import DataSet, load_data
+from autoprune.tasks.models import build_model, load_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a search starts from.
+
+    Attributes:
+        name: Data set name.
+        model_name: As in ``--model``.
+        model: Trained dense network, eval mode, float32.
+        example: One normalised image ``(1, C, H, W)`` float32.
+        data: Images and splits.
+    """
+
+    name: str
+    model_name: str
+    model: nn.Module
+    example: Tensor
+    data: DataSet
+
+
+def load_task(model: str, data: str, *, data_dir: Path | None = None, weights: Path | None = None) -> Task:
+    """Return a task of a built-in model with trained weights.
+
+    Args:
+        model, data: Names as on the command line.
+        data_dir: Folder of the full data set; None uses the data inside the package.
+        weights: Safetensors file; None takes the checkpoint inside the package.
+    Raises:
+        ModelError: There is no checkpoint for this model inside the package and none was given.
+    """
+    data_set = load_data(data, data_dir)
+    channels = data_set.train.images.shape[1]
+    network = build_model(model, channels, data_set.classes)
+    if weights is None:
+        resource = importlib.resources.files("autoprune.assets") / f"{model}-{data}.safetensors"
+        with importlib.resources.as_file(resource) as path:
+            if not path.exists():
+                raise ModelError(
+                    f"no trained weights of '{model}' on '{data}' in the package; train them with "
+                    f"`autoprune train --model {model}` and give the file by --weights."
+                )
+            load_weights(network, path)
+    else:
+        load_weights(network, weights)
+    example = data_set.normalize(data_set.validation.images[:1])
+    return Task(data, model, network.eval(), example, data_set)

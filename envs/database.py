@@ -1,0 +1,166 @@
+"""The layer database: for every (layer, choice) the masked, compensated weights and what choosing them alone costs.
+
+It is built once per model, data and space; a policy is then evaluated by stitching entries together, without training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from autoprune.core.choices import Choice, Dense
+from autoprune.core.errors import RunError
+from autoprune.core.layers import LayerSpec
+from autoprune.core.rundir import atomic_path
+from autoprune.sparsity.compensate import compensate, damped, saliency
+from autoprune.sparsity.masks import make_mask
+
+SAMPLES = 40_000
+ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Second moments of a layer's inputs: mean (D,), ``E[x xᵀ]`` (D, D), both float32, D = C·R·S."""
+
+    mean_D: Tensor
+    second_DD: Tensor
+
+
+class LayerDatabase:
+    """Compensated weights by (layer name, choice text), and the statistics behind them.
+
+    Attributes:
+        weights: float32, zeros where pruned, in the module's own weight shape.
+        moments: Inputs of every layer.
+    """
+
+    def __init__(self, weights: Mapping[tuple[str, str], Tensor], moments: Mapping[str, Moments]) -> None:
+        self.weights = dict(weights)
+        self.moments = dict(moments)
+
+    def weight(self, layer: str, choice: Choice) -> Tensor:
+        """Return the compensated weight of a layer under a choice other than dense."""
+        return self.weights[layer, choice.text]
+
+    def policy_weights(self, choices: Mapping[str, Choice]) -> dict[str, Tensor]:
+        """Return layer → weight of every layer that is not dense."""
+        return {name: self.weight(name, choice) for name, choice in choices.items() if not isinstance(choice, Dense)}
+
+    def save(self, path: Path) -> None:
+        """Write the database as safetensors, atomically."""
+        tensors = {f"weight|{layer}|{text}": tensor for (layer, text), tensor in self.weights.items()}
+        for layer, moments in self.moments.items():
+            tensors[f"mean|{layer}"] = moments.mean_D
+            tensors[f"second|{layer}"] = moments.second_DD
+        with atomic_path(path) as temporary:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+
+    @staticmethod
+    def load(path: Path) -> LayerDatabase:
+        """Read a database.
+
+        Raises:
+            RunError: The file is damaged.
+        """
+        weights: dict[tuple[str, str], Tensor] = {}
+        halves: dict[str, dict[str, Tensor]] = {"mean": {}, "second": {}}
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    part, layer, *text = key.split("|")
+                    if part == "weight":
+                        weights[layer, text[0]] = file.get_tensor(key)
+                    else:
+                        halves[part][layer] = file.get_tensor(key)
+        except (OSError, SafetensorError, KeyError, IndexError):
+            raise RunError(f"{path} is damaged; delete it to have it built again.") from None
+        moments = {layer: Moments(mean, halves["second"][layer]) for layer, mean in halves["mean"].items()}
+        return LayerDatabase(weights, moments)
+
+
+def build_database(
+    model: nn.Module,
+    options: Mapping[LayerSpec, Sequence[Choice]],
+    images: Tensor,
+    advance: Callable[[], None] = lambda: None,
+) -> LayerDatabase:
+    """Return the database of a dense model.
+
+    Args:
+        model: Dense network in eval mode.
+        options: Choices of each searched layer.
+        images: Normalised calibration images ``(N, C, H, W)`` float32.
+        advance: Called once for every layer done.
+    """
+    moments = measure_moments(model, list(options), images)
+    weights: dict[tuple[str, str], Tensor] = {}
+    for layer, choices in options.items():
+        module = model.get_submodule(layer.name)
+        weight: Tensor = module.weight.detach()  # type: ignore[union-attr,assignment]
+        made = compensated_weights(weight, [c for c in choices if not isinstance(c, Dense)], moments[layer.name])
+        weights.update({(layer.name, choice.text): tensor for choice, tensor in made.items()})
+        advance()
+    return LayerDatabase(weights, moments)
+
+
+def compensated_weights(weight: Tensor, choices: Sequence[Choice], moments: Moments) -> dict[Choice, Tensor]:
+    """Return choice → masked and compensated weight, each in the shape of ``weight``."""
+    flat_KD = weight.flatten(1)
+    damped_DD = damped(moments.second_DD)
+    inverse_DD = torch.linalg.inv(damped_DD)
+    score = saliency(flat_KD, inverse_DD).reshape(weight.shape)
+    made = {}
+    for choice in choices:
+        mask = make_mask(weight, choice, score)
+        new = compensate(flat_KD, mask.flatten(1), damped_DD, inverse_DD)
+        made[choice] = new.reshape(weight.shape).contiguous()
+    return made
+
+
+def measure_moments(model: nn.Module, layers: Sequence[LayerSpec], images: Tensor) -> dict[str, Moments]:
+    """Return the input moments of each layer from at most ``SAMPLES`` random positions of the images."""
+    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+    generator = torch.Generator().manual_seed(0)
+    per_image = max(1, SAMPLES // len(images))
+
+    def before(layer: LayerSpec, inputs: tuple[Tensor, ...]) -> None:
+        rows = _input_rows(layer, inputs[0], per_image, generator)
+        mean, second, count = sums.get(layer.name, (torch.zeros(()), torch.zeros(()), 0))
+        sums[layer.name] = (mean + rows.sum(0), second + rows.T @ rows, count + len(rows))
+
+    handles = [
+        model.get_submodule(layer.name).register_forward_pre_hook(lambda m, i, s=layer: before(s, i))  # type: ignore[misc]
+        for layer in layers
+    ]
+    try:
+        with torch.inference_mode():
+            for part in images.split(100):
+                model(part)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: Moments(mean / count, second / count) for name, (mean, second, count) in sums.items()}
+
+
+def _input_rows(layer: LayerSpec, x: Tensor, per_image: int, generator: torch.Generator) -> Tensor:
+    """Return sampled input rows ``(samples, C·R·S)`` of one batch, in the weight's order."""
+    if layer.op == "linear":
+        return x.reshape(-1, x.shape[-1])
+    pad_h, pad_w = layer.padding
+    (height, width), (rows, columns) = layer.output_hw, layer.window
+    padded = nn.functional.pad(x, (pad_w, pad_w, pad_h, pad_h)).permute(0, 2, 3, 1)  # N H W C
+    count = min(per_image, height * width)
+    chosen = torch.rand(len(x), height * width, generator=generator).argsort(1)[:, :count]
+    top, left = (chosen // width) * layer.stride[0], (chosen % width) * layer.stride[1]
+    r = torch.arange(rows) * layer.dilation[0]
+    s = torch.arange(columns) * layer.dilation[1]
+    image = torch.arange(len(x))[:, None, None, None]
+    patches = padded[image, top[:, :, None, None] + r[:, None], left[:, :, None, None] + s]  # N P R S C
+    return patches.permute(0, 1, 4, 2, 3).reshape(len(x) * count, -1)

@@ -1,0 +1,95 @@
+"""The instruction row: 48 int64 fields that tell the compiled loop what to do. Strides are bytes, pointers are addresses.
+
+Images, output pixels and filters are not listed here one by one: ``TILES`` points to a list of tiles (int32 quadruples)
+that covers one image, made once when the program is frozen.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+ROW_FIELDS = 48
+ROW_BYTES = 8 * ROW_FIELDS
+
+
+class Op(IntEnum):
+    """What a row does."""
+
+    BLOCK = 1  # convolution, lanes = 16 filters
+    PLANAR = 2  # gather a buffer into pixel-major planes
+    CSR = 3  # convolution over planes, lanes = pixels
+    ADD = 4  # out = floor(x + y)
+    POOL = 5  # window maximum or mean
+    INPUT = 6  # user's NCHW tensor → buffer
+    OUTPUT = 7  # buffer → user's NCHW tensor
+
+
+class Field(IntEnum):
+    """Index of a field in a row; ``8 * field`` is its byte offset."""
+
+    OP = 0
+    X = 1  # address of the element that tap (0, 0) of output pixel (0, 0) reads, image 0
+    X_IMAGE = 2
+    X_ROW = 3  # from one output row to the next
+    X_STEP = 4  # from one output column to the next
+    OUT = 5
+    OUT_IMAGE = 6
+    OUT_ROW = 7
+    OUT_STEP = 8
+    RES = 9  # residual, 0 if none
+    RES_IMAGE = 10
+    RES_ROW = 11
+    RES_STEP = 12
+    BIAS = 13
+    RELU = 14
+    TILES = 15  # block: (variant, x, out, res) byte offsets; csr: (variant, first position, first pixel index, 0)
+    N_TILES = 16
+    GROUPS = 17  # groups of filters: 16 · vectors each (block), 16 each (csr)
+    VECTORS = 18
+    POINTERS = 19  # block: int64[groups + 1]; csr: int32[filters · shifts + 1]
+    ENTRIES = 20  # block: int32 byte offsets; csr: {int32 byte offset, float32 weight}
+    WEIGHTS = 21
+    SHIFTS = 22  # csr: lane-shift groups of a filter
+    WORK = 23  # planes, workspace of one image
+    WORK_IMAGE = 24
+    PLANE = 25  # bytes of one channel's planes
+    PIXELS = 26  # planar: int32 byte offset of every position's source pixel; csr: of every position's output pixel or -1
+    N_VECTORS = 27  # planar: vectors of 16 positions in a plane
+    SCRATCH = 28  # csr: filter-major tile before the transpose, per thread
+    SCRATCH_THREAD = 29
+    RES_PIXELS = 30
+    WORK_THREAD = 31
+    CHANNELS = 32  # real channels (input, output, planar) or vectors of channels (add, pool)
+    HEIGHT = 33  # of the output
+    WIDTH = 34
+    Y = 35
+    Y_IMAGE = 36
+    Y_ROW = 37
+    WINDOW_H = 38
+    WINDOW_W = 39
+    STRIDE_H = 40
+    STRIDE_W = 41
+    PAD_H = 42
+    PAD_W = 43
+    MEAN = 44  # pool: 1 mean, 0 maximum
+    IN_HEIGHT = 45
+    IN_WIDTH = 46
+
+
+class Control(IntEnum):
+    """Index of an int64 in the control block that the threads of a program share; a cache line (8) apart."""
+
+    SOURCE = 0  # address of the user's input
+    TARGET = 1  # address of the user's output
+    REPEATS = 2
+    TIMES = 3  # address of int64 nanoseconds, or 0
+    EPOCH = 8  # counts runs; workers wait for it to change
+    ARRIVED = 16  # barrier: threads that arrived
+    PHASE = 24  # barrier: counts openings
+    STOP = 32
+    STATE = 40  # + 8 · thread: 1 while that worker sleeps
+
+
+def control_size(threads: int) -> int:
+    """Return the number of int64 in the control block of ``threads`` threads."""
+    return Control.STATE + 8 * (threads + 1)

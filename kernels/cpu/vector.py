@@ -1,0 +1,176 @@
+"""Vector and machine primitives: transposes, pooling windows, raw memory, atomics, clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+from autoprune.kernels.cpu.emit import (
+    I8,
+    I32,
+    I64,
+    LANES,
+    VEC,
+    VECTOR_BYTES,
+    ZERO,
+    at_least,
+    floor_of,
+    i64,
+    kernel,
+    load,
+    loop,
+    pointer,
+    splat,
+    store,
+    transpose,
+)
+
+
+@kernel(1, types.int64)
+def peek(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """Read an int64."""
+    return load(b, address, I64, 8)
+
+
+@kernel(1, types.int64)
+def peek32(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """Read an int32."""
+    return b.sext(load(b, address, I32), I64)
+
+
+@kernel(2)
+def poke(b: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
+    """Write an int64."""
+    store(b, value, address, 8)
+
+
+@kernel(2)
+def copy_float(b: ir.IRBuilder, target: ir.Value, source: ir.Value) -> None:
+    """Copy one float32."""
+    store(b, load(b, source, I32), target)
+
+
+@kernel(3)
+def copy_bytes(b: ir.IRBuilder, target: ir.Value, source: ir.Value, size: ir.Value) -> None:
+    """Copy ``size`` bytes between areas that do not overlap."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I8.as_pointer(), I64, ir.IntType(1)])
+    name = "llvm.memcpy.p0.p0.i64"
+    function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+    b.call(function, [pointer(b, target, I8), pointer(b, source, I8), size, ir.Constant(ir.IntType(1), 0)])
+
+
+@kernel(4)
+def add_vector(b: ir.IRBuilder, out: ir.Value, x: ir.Value, y: ir.Value, relu: ir.Value) -> None:
+    """Write one vector: x + y, with the floor of ``relu``; y = 0 adds nothing."""
+    absent = b.icmp_signed("==", y, i64(0))
+    other = b.select(absent, ZERO, load(b, b.select(absent, x, y)))
+    store(b, at_least(b, b.fadd(load(b, x), other), floor_of(b, relu)), out)
+
+
+@kernel(7)
+def pool_vector(
+    b: ir.IRBuilder, out: ir.Value, x: ir.Value, rows: ir.Value, row_bytes: ir.Value, cols: ir.Value,
+    col_bytes: ir.Value, mean_of: ir.Value,
+) -> None:
+    """Write one vector: the maximum of a window, or its sum divided by ``mean_of`` where that is above 0."""
+    is_mean = b.icmp_signed(">", mean_of, i64(0))
+    start = b.select(is_mean, ZERO, ir.Constant(VEC, [float("-inf")] * LANES))
+
+    def line(r: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+        base = b.add(x, b.mul(r, row_bytes))
+
+        def pixel(q: ir.Value, now: list[ir.Value]) -> list[ir.Value]:
+            value = load(b, b.add(base, b.mul(q, col_bytes)))
+            return [b.select(is_mean, b.fadd(now[0], value), at_least(b, value, now[0]))]
+
+        return loop(b, cols, state, pixel)
+
+    total = loop(b, rows, [start], line)[0]
+    divisor = splat(b, b.sitofp(mean_of, ir.FloatType()))
+    store(b, b.select(is_mean, b.fdiv(total, divisor), total), out)
+
+
+@kernel(4)
+def gather_transposed(b: ir.IRBuilder, out: ir.Value, out_bytes: ir.Value, x: ir.Value, pixels: ir.Value) -> None:
+    """Write 16 channels of the 16 pixels at byte offsets ``pixels`` (int32) as 16 rows, ``out_bytes`` apart."""
+    offsets = [b.sext(load(b, b.add(pixels, i64(4 * k)), I32), I64) for k in range(LANES)]
+    columns = transpose(b, [load(b, b.add(x, offset)) for offset in offsets])
+    for k, column in enumerate(columns):
+        store(b, column, b.add(out, b.mul(out_bytes, i64(k))), VECTOR_BYTES)
+
+
+@kernel(8)
+def scatter_transposed(
+    b: ir.IRBuilder, x: ir.Value, x_bytes: ir.Value, out: ir.Value, pixels: ir.Value, res: ir.Value,
+    res_pixels: ir.Value, bias: ir.Value, relu: ir.Value,
+) -> None:
+    """Write 16 rows of 16 pixels, ``x_bytes`` apart, to the pixels at byte offsets ``pixels`` (int32, -1: nowhere).
+
+    Bias (16 channels), residual (``res`` = 0: none) and floor are applied on the way.
+    """
+    columns = transpose(b, [load(b, b.add(x, b.mul(x_bytes, i64(k))), align=VECTOR_BYTES) for k in range(LANES)])
+    start = load(b, bias)
+    floor = floor_of(b, relu)
+    has_residual = b.icmp_signed("!=", res, i64(0))
+    for k, column in enumerate(columns):
+        offset = b.sext(load(b, b.add(pixels, i64(4 * k)), I32), I64)
+        with b.if_then(b.icmp_signed(">=", offset, i64(0))):
+            total = b.fadd(column, start)
+            plain = b.block
+            with b.if_then(has_residual):
+                place = b.add(res, b.sext(load(b, b.add(res_pixels, i64(4 * k)), I32), I64))
+                more = b.fadd(total, load(b, place))
+                added = b.block
+            value = b.phi(VEC)
+            value.add_incoming(total, plain)
+            value.add_incoming(more, added)
+            store(b, at_least(b, value, floor), b.add(out, offset))
+
+
+@kernel(2, types.int64)
+def fetch_add(b: ir.IRBuilder, address: ir.Value, value: ir.Value) -> ir.Value:
+    """Add to an int64 atomically and return what it was."""
+    return b.atomic_rmw("add", pointer(b, address, I64), value, "seq_cst")
+
+
+@kernel(2, types.int64)
+def exchange(b: ir.IRBuilder, address: ir.Value, value: ir.Value) -> ir.Value:
+    """Replace an int64 atomically and return what it was."""
+    return b.atomic_rmw("xchg", pointer(b, address, I64), value, "seq_cst")
+
+
+@kernel(1, types.int64)
+def watch(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """Read an int64 that other threads write."""
+    return b.load_atomic(pointer(b, address, I64), "seq_cst", 8)
+
+
+def _extern(b: ir.IRBuilder, name: str, result: ir.Type, kinds: list[ir.Type]) -> Any:
+    return b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(result, kinds), name)
+
+
+@kernel(0)
+def pause(b: ir.IRBuilder) -> None:
+    """Tell the core that this is a spin loop; nothing on machines without such an instruction."""
+    if b.module.triple.startswith(("x86_64", "i386", "i686")):
+        b.call(_extern(b, "llvm.x86.sse2.pause", ir.VoidType(), []), [])
+
+
+@kernel(0)
+def give_way(b: ir.IRBuilder) -> None:
+    """Let another thread have the core."""
+    b.call(_extern(b, "sched_yield", I32, []), [])
+
+
+@kernel(0, types.int64)
+def now_ns(b: ir.IRBuilder) -> ir.Value:
+    """Return the monotonic clock in nanoseconds."""
+    with b.goto_entry_block():
+        place = b.alloca(ir.ArrayType(I64, 2))
+    base = b.bitcast(place, I64.as_pointer())
+    b.call(_extern(b, "clock_gettime", I32, [I32, I64.as_pointer()]), [ir.Constant(I32, 1), base])
+    seconds = b.load(base, align=8)
+    rest = b.load(b.gep(base, [i64(1)], source_etype=I64), align=8)
+    return b.add(b.mul(seconds, i64(1_000_000_000)), rest)

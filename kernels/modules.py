@@ -1,0 +1,173 @@
+"""Modules that run compiled programs: a cache of programs by shape, and one layer on its own.
+
+A model that cannot be one flat plan keeps its PyTorch code; each sparse layer in it is replaced by a ``ProgramLayer``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.core.errors import ModelError
+from autoprune.core.layers import LayerSpec
+from autoprune.kernels.cpu.program import Epilogue, Program
+from autoprune.kernels.plan import KernelName
+
+_KEPT_PROGRAMS = 4
+
+
+class ProgramCache:
+    """The few programs last used, by shape; a program's buffers serve one run at a time, hence the lock.
+
+    Copies and pickles start empty: programs hold raw memory and are cheap to make again.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._programs: OrderedDict[Hashable, Program] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Program]) -> Program:
+        """Return the program for ``key``, made if it is not kept."""
+        program = self._programs.get(key)
+        if program is None:
+            program = self._programs[key] = make()
+            while len(self._programs) > _KEPT_PROGRAMS:
+                self._programs.popitem(last=False)
+        else:
+            self._programs.move_to_end(key)
+        return program
+
+    def clear(self) -> None:
+        """Drop every program; the next run makes a new one from the weights as they are then."""
+        with self.lock:
+            self._programs.clear()
+
+    def __reduce__(self) -> tuple[type[ProgramCache], tuple[()]]:
+        return (ProgramCache, ())
+
+
+class FrozenModule(nn.Module):
+    """An inference-only module on the CPU in float32 whose programs follow its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.programs = ProgramCache()
+        super().train(False)
+
+    def train(self, mode: bool = True) -> FrozenModule:
+        """Refuse training mode.
+
+        Raises:
+            ModelError: ``mode`` is true.
+        """
+        if mode:
+            raise ModelError(
+                "a deployed model cannot be trained: its weights are packed; train the PyTorch model (autoprune train) "
+                "and convert it again."
+            )
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModule:
+        probe = fn(torch.zeros(1))
+        if probe.dtype != torch.float32 or probe.device.type != "cpu":
+            raise ModelError(
+                f"a deployed model runs in float32 on the CPU, got {probe.dtype} on {probe.device}; "
+                "convert the model for that device instead of moving it."
+            )
+        self.programs.clear()
+        super()._apply(fn, recurse)
+        return self
+
+    def load_state_dict(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
+        """Load weights as ``nn.Module`` does; zeros decide anew what the sparse kernels skip."""
+        self.programs.clear()
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+
+
+def check_input(x: Tensor) -> None:
+    """Refuse an input no program takes.
+
+    Raises:
+        ModelError: It is not float32 or not on the CPU.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ModelError(
+            f"a deployed model takes float32 inputs on the CPU, got {x.dtype} on {x.device}; call it with x.float().cpu()."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKernel:
+    """How one layer runs: kernel, block width in filters, threads."""
+
+    kernel: KernelName
+    block: int = 16
+    threads: int = 1
+
+
+class ProgramLayer(FrozenModule):
+    """One ``Conv2d`` or ``Linear`` on a sparse kernel; any batch and input size.
+
+    Args:
+        name: Dotted name in the model, for messages.
+        source: The layer replaced; its weights are copied.
+        layer: Its shape facts.
+        how: Kernel to run.
+    """
+
+    def __init__(self, name: str, source: nn.Conv2d | nn.Linear, layer: LayerSpec, how: LayerKernel) -> None:
+        super().__init__()
+        self.name, self.layer, self.how = name, layer, how
+        self.register_buffer("weight", source.weight.detach().clone())
+        self.register_buffer("bias", None if source.bias is None else source.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output, in the shape PyTorch's own layer gives."""
+        check_input(x)
+        with torch.no_grad(), self.programs.lock:
+            if self.layer.op == "linear":
+                rows = x.reshape(-1, self.layer.channels, 1, 1)
+                return self._run(rows).reshape(*x.shape[:-1], self.layer.filters)
+            if x.dim() == 3:
+                return self._run(x[None])[0]
+            return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.layer.channels:
+            raise ModelError(
+                f"layer '{self.name}': got an input of shape {tuple(x.shape)}, want (N, {self.layer.channels}, H, W)."
+            )
+        spec = self._spec(int(x.shape[2]), int(x.shape[3]))
+        if x.shape[0] == 0:
+            return x.new_empty((0, spec.filters, *spec.output_hw))
+        program = self.programs.get(tuple(x.shape), lambda: self._program(spec, int(x.shape[0])))
+        return program.run(x).reshape(x.shape[0], spec.filters, *spec.output_hw)
+
+    def _spec(self, height: int, width: int) -> LayerSpec:
+        layer = self.layer
+        if layer.op == "linear":
+            shape = (*layer.weight_shape, 1, 1)
+            return replace(layer, op="conv", weight_shape=shape, input_hw=(1, 1), output_hw=(1, 1))
+        sizes = zip((height, width), layer.padding, layer.dilation, layer.window, layer.stride, strict=True)
+        rows, columns = ((size + 2 * pad - dil * (win - 1) - 1) // step + 1 for size, pad, dil, win, step in sizes)
+        if rows < 1 or columns < 1:
+            raise ModelError(f"layer '{self.name}': a {height}x{width} input is smaller than its window.")
+        return replace(layer, input_hw=(height, width), output_hw=(rows, columns))
+
+    def _program(self, spec: LayerSpec, batch: int) -> Program:
+        program = Program(batch, self.how.threads)
+        x = program.buffer(spec.channels, *spec.input_hw, halo=max(spec.padding))
+        out = program.buffer(spec.filters, *spec.output_hw)
+        program.set_input(x)
+        weight, bias = self.get_buffer("weight"), self.bias
+        assert bias is None or isinstance(bias, Tensor)
+        weight = weight.reshape(spec.weight_shape)
+        program.conv(x, out, spec, weight, bias, self.how.kernel, Epilogue(), self.how.block)
+        program.set_output(out)
+        program.finish()
+        return program

@@ -1,0 +1,234 @@
+"""The operations a plan is made of, their fusion, and the shape facts of a layer.
+
+Legend: K filters, C input channels, R × S window. A value is a feature map of fixed channels × height × width; a vector
+is a 1 × 1 map, and a flattened map keeps its three sizes (flattening moves nothing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.core.layers import LayerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRefusal:
+    """Why a model cannot run as one flat plan.
+
+    Attributes:
+        where: Name of the module or graph node in the way.
+        reason: One clause, in the words of a report.
+    """
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"'{self.where}': {self.reason}"
+
+
+class Refused(Exception):
+    """Carries a refusal out of the tracing of a model; never leaves this package."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.refusal = PlanRefusal(where, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One feature map, batch left out."""
+
+    index: int
+    channels: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConvOp:
+    """A convolution or linear layer with everything fused into it.
+
+    Attributes:
+        name: Dotted module name.
+        layer: The layer as the user knows it (a linear stays a linear): key of the latency table.
+        shape: The same layer as a convolution: what the kernel runs.
+        weight_KCRS, bias_K: float32, BatchNorm folded in.
+        residual: Map added before the ReLU.
+    """
+
+    name: str
+    layer: LayerSpec
+    shape: LayerSpec
+    weight_KCRS: Tensor
+    bias_K: Tensor | None
+    x: Value
+    out: Value
+    relu: bool = False
+    residual: Value | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NormOp:
+    """An inference BatchNorm, y = scale · x + shift in float64; always folded away."""
+
+    name: str
+    scale_K: Tensor
+    shift_K: Tensor
+    x: Value
+    out: Value
+
+
+@dataclass(frozen=True, slots=True)
+class AddOp:
+    """Sum of two maps, then ReLU if asked."""
+
+    name: str
+    x: Value
+    y: Value
+    out: Value
+    relu: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReluOp:
+    """ReLU on its own."""
+
+    name: str
+    x: Value
+    out: Value
+
+
+@dataclass(frozen=True, slots=True)
+class PoolOp:
+    """Pooling; ``global`` averages the whole map to 1 × 1."""
+
+    name: str
+    kind: Literal["global", "avg", "max"]
+    x: Value
+    out: Value
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+
+Op = ConvOp | NormOp | AddOp | ReluOp | PoolOp
+
+
+def reads(op: Op) -> tuple[Value, ...]:
+    """Return the maps an operation reads, one entry per use."""
+    if isinstance(op, AddOp):
+        return (op.x, op.y)
+    if isinstance(op, ConvOp) and op.residual is not None:
+        return (op.x, op.residual)
+    return (op.x,)
+
+
+def padding_of(module: nn.Conv2d) -> tuple[int, int] | None:
+    """Return (rows, columns) of zero padding on every side; None where the two sides differ."""
+    if isinstance(module.padding, str):
+        if module.padding == "valid":
+            return (0, 0)
+        spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return None if any(span % 2 for span in spans) else (spans[0] // 2, spans[1] // 2)
+    return (int(module.padding[0]), int(module.padding[1]))
+
+
+def layer_spec(name: str, module: nn.Module, input_shape: Sequence[int], output_shape: Sequence[int]) -> LayerSpec:
+    """Return the shape facts of a ``Conv2d`` or ``Linear``, given the shapes (N, …) it read and wrote."""
+    shape = tuple(int(size) for size in module.weight.shape)  # type: ignore[union-attr,operator]
+    bias = module.bias is not None
+    if isinstance(module, nn.Linear):
+        # Tokens (N, T, I) run as T independent rows a sample.
+        tokens = 1
+        for size in input_shape[1:-1]:
+            tokens *= int(size)
+        return LayerSpec(name, "linear", shape, input_hw=(tokens, 1), output_hw=(tokens, 1), bias=bias)
+    assert isinstance(module, nn.Conv2d)
+    return LayerSpec(
+        name=name,
+        op="conv",
+        weight_shape=shape,
+        stride=(module.stride[0], module.stride[1]),
+        padding=padding_of(module) or (0, 0),
+        dilation=(module.dilation[0], module.dilation[1]),
+        groups=module.groups,
+        input_hw=(int(input_shape[-2]), int(input_shape[-1])),
+        output_hw=(int(output_shape[-2]), int(output_shape[-1])),
+        bias=bias,
+    )
+
+
+def norm_terms(module: nn.BatchNorm2d | nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Return scale and shift of an inference BatchNorm, (K,) float64.
+
+    Raises:
+        Refused: It normalises by the batch even in eval mode.
+    """
+    if module.running_mean is None or module.running_var is None:
+        raise Refused(type(module).__name__, "it normalises by the batch's own statistics")
+    scale = (module.running_var.double() + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * module.weight.detach().double()
+    shift = -module.running_mean.double() * scale
+    if module.bias is not None:
+        shift = shift + module.bias.detach().double()
+    return scale, shift
+
+
+def fuse(ops: Iterable[Op], output: Value) -> tuple[Op, ...]:
+    """Fold every BatchNorm into its convolution; fuse sums and ReLUs into the operation before them where it allows.
+
+    A fused operation runs where the last of its parts stood, so everything it reads is there; it may be moved because
+    the part that follows is its only reader.
+
+    Raises:
+        Refused: A BatchNorm has no convolution of its own to fold into.
+    """
+    ops = list(ops)
+    uses: dict[int, int] = {output.index: 1}
+    for op in ops:
+        for value in reads(op):
+            uses[value.index] = uses.get(value.index, 0) + 1
+    done: dict[int, Op] = {}
+    for op in ops:
+        own = {value.index: done[value.index] for value in reads(op) if uses[value.index] == 1 and value.index in done}
+        fused, absorbed = _fuse_one(op, own)
+        if absorbed is not None:
+            del done[absorbed]
+        done[op.out.index] = fused
+    return tuple(done.values())
+
+
+def _fuse_one(op: Op, own: dict[int, Op]) -> tuple[Op, int | None]:
+    """Return ``op`` with the operation it was fused into, and the value that is no longer written.
+
+    Args:
+        op: The operation at hand.
+        own: Operations that wrote what ``op`` alone reads, by value.
+    """
+    source = own.get(op.x.index)
+    if isinstance(op, NormOp):
+        if not isinstance(source, ConvOp) or source.relu or source.residual is not None:
+            raise Refused(op.name, "a BatchNorm that does not directly follow a convolution of its own")
+        return _folded(source, op), op.x.index
+    if isinstance(op, ReluOp) and isinstance(source, ConvOp | AddOp) and not source.relu:
+        return replace(source, relu=True, out=op.out), op.x.index
+    if isinstance(op, AddOp) and op.x is not op.y:
+        # Values are numbered in order of execution; the later operand is still warm, so it is tried first.
+        for value, other in sorted(((op.x, op.y), (op.y, op.x)), key=lambda pair: -pair[0].index):
+            source = own.get(value.index)
+            if isinstance(source, ConvOp) and not source.relu and source.residual is None:
+                return replace(source, residual=other, out=op.out), value.index
+    return op, None
+
+
+def _folded(conv: ConvOp, norm: NormOp) -> ConvOp:
+    weight = (conv.weight_KCRS.double() * norm.scale_K[:, None, None, None]).float()
+    bias = torch.zeros_like(norm.shift_K) if conv.bias_K is None else conv.bias_K.double()
+    return replace(conv, weight_KCRS=weight, bias_K=(bias * norm.scale_K + norm.shift_K).float(), out=norm.out)
