@@ -18,6 +18,7 @@ from autoprune.core.choices import Choice, Dense
 from autoprune.core.errors import RunError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.rundir import atomic_path
+from autoprune.envs.network import layer_of
 from autoprune.sparsity.compensate import compensate, damped, saliency
 from autoprune.sparsity.masks import make_mask
 
@@ -102,8 +103,7 @@ def build_database(
     moments = measure_moments(model, list(options), images)
     weights: dict[tuple[str, str], Tensor] = {}
     for layer, choices in options.items():
-        module = model.get_submodule(layer.name)
-        weight: Tensor = module.weight.detach()  # type: ignore[union-attr,assignment]
+        weight = layer_of(model, layer.name).weight.detach()
         made = compensated_weights(weight, [c for c in choices if not isinstance(c, Dense)], moments[layer.name])
         weights.update({(layer.name, choice.text): tensor for choice, tensor in made.items()})
         advance()
@@ -136,12 +136,12 @@ def measure_moments(model: nn.Module, layers: Sequence[LayerSpec], images: Tenso
         sums[layer.name] = (mean + rows.sum(0), second + rows.T @ rows, count + len(rows))
 
     handles = [
-        model.get_submodule(layer.name).register_forward_pre_hook(lambda m, i, s=layer: before(s, i))  # type: ignore[misc]
+        model.get_submodule(layer.name).register_forward_pre_hook(lambda m, i, s=layer: before(s, i))
         for layer in layers
     ]
     try:
         with torch.inference_mode():
-            for part in images.split(100):
+            for part in torch.split(images, 100):
                 model(part)
     finally:
         for handle in handles:

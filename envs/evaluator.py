@@ -1,7 +1,7 @@
 """Score a policy without training it: stitch, recalibrate, compare with the dense network's outputs.
 
-The error is the mean Kullback-Leibler divergence (nats) from the dense network's class distribution to the pruned one's,
-on validation images: smoother than accuracy, and it needs no labels.
+The error is the mean Kullback-Leibler divergence (nats) from the dense network's class distribution to the pruned
+one's, on validation images: smoother than accuracy, and it needs no labels.
 """
 
 from __future__ import annotations
@@ -86,13 +86,14 @@ class Evaluator:
         network.load({layer: weight})
         norm = network.norm_statistics(layer)
         if norm is not None:
-            network.set_norm(layer, *shifted_statistics(norm, network.dense_weight(layer), weight, self._database.moments[layer]))
+            moments = self._database.moments[layer]
+            network.set_norm(layer, *shifted_statistics(norm, network.dense_weight(layer), weight, moments))
         network.fold(layer)
         return divergence(self.dense_logits[:count], cache.logits(layer))
 
 
 def shifted_statistics(
-    norm: tuple[Tensor, Tensor], dense: Tensor, weight: Tensor, moments: Moments
+    norm: tuple[Tensor, ...], dense: Tensor, weight: Tensor, moments: Moments
 ) -> tuple[Tensor, Tensor]:
     """Return a BatchNorm's mean and variance (K,) after its convolution's weights changed.
 
@@ -113,6 +114,6 @@ def _output_statistics(weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor
 
 
 def divergence(dense_logits: Tensor, logits: Tensor) -> float:
-    """Return the mean KL divergence in nats from ``softmax(dense_logits)`` to ``softmax(logits)``, both (N, classes)."""
+    """Return the mean KL divergence in nats from ``softmax(dense_logits)`` to ``softmax(logits)``, (N, classes)."""
     target = torch.log_softmax(dense_logits.double(), 1)
     return float((target.exp() * (target - torch.log_softmax(logits.double(), 1))).sum(1).mean())

@@ -32,18 +32,15 @@ class StitchedNetwork:
         self._norms = norm_of_each_conv(self.model, calibration[:1])
         self.folded = copy.deepcopy(self.model)
         for conv, norm in self._norms.items():
-            module = self.folded.get_submodule(conv)
+            module = layer_of(self.folded, conv)
             if module.bias is None:
-                filters = module.weight.shape[0]  # type: ignore[union-attr,index]
-                module.register_parameter("bias", nn.Parameter(torch.zeros(filters), requires_grad=False))
+                module.bias = nn.Parameter(torch.zeros(len(module.weight)), requires_grad=False)
             parent, _, child = norm.rpartition(".")
             setattr(self.folded.get_submodule(parent), child, nn.Identity())
         self.folded.to(self._native)
         self._dense = {name: module.weight.clone() for name, module in _weighted(self.model)}
         self._dense_norms = {
-            name: (module.running_mean.clone(), module.running_var.clone())  # type: ignore[union-attr,operator]
-            for name in self._norms.values()
-            for module in [self.model.get_submodule(name)]
+            name: tuple(tensor.clone() for tensor in _statistics(self.model, name)) for name in self._norms.values()
         }
 
     def dense_weight(self, layer: str) -> Tensor:
@@ -53,11 +50,10 @@ class StitchedNetwork:
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Put these weights in, dense ones and dense statistics everywhere else; not yet recalibrated."""
         for name, dense in self._dense.items():
-            self.model.get_submodule(name).weight.copy_(weights.get(name, dense))  # type: ignore[union-attr,operator]
-        for name, (mean, variance) in self._dense_norms.items():
-            norm = self.model.get_submodule(name)
-            norm.running_mean.copy_(mean)  # type: ignore[union-attr,operator]
-            norm.running_var.copy_(variance)  # type: ignore[union-attr,operator]
+            layer_of(self.model, name).weight.copy_(weights.get(name, dense))
+        for name, statistics in self._dense_norms.items():
+            for tensor, value in zip(_statistics(self.model, name), statistics, strict=True):
+                tensor.copy_(value)
 
     def recalibrate(self) -> None:
         """Set BatchNorm statistics to those of the calibration images under the present weights."""
@@ -66,37 +62,36 @@ class StitchedNetwork:
     def fold(self, only: str | None = None) -> None:
         """Bring the folded copy up to date, or one layer of it."""
         for name in self._dense if only is None else [only]:
-            source, target = self.model.get_submodule(name), self.folded.get_submodule(name)
-            weight, bias = self._folded_parameters(name, source)
-            target.weight.copy_(weight)  # type: ignore[union-attr,operator]
+            weight, bias = self._folded_parameters(name)
+            target = layer_of(self.folded, name)
+            target.weight.copy_(weight)
             if target.bias is not None:
-                target.bias.copy_(bias)  # type: ignore[union-attr,operator]
+                target.bias.copy_(bias)
 
-    def _folded_parameters(self, name: str, source: nn.Module) -> tuple[Tensor, Tensor]:
-        weight: Tensor = source.weight  # type: ignore[assignment]
-        bias = source.bias if isinstance(source.bias, Tensor) else torch.zeros(len(weight))
+    def _folded_parameters(self, name: str) -> tuple[Tensor, Tensor]:
+        source = layer_of(self.model, name)
+        bias = torch.zeros(len(source.weight)) if source.bias is None else source.bias
         if name not in self._norms:
-            return weight, bias
+            return source.weight, bias
         norm = self.model.get_submodule(self._norms[name])
         assert isinstance(norm, nn.BatchNorm2d)
-        return folded(weight, bias, norm)
+        return folded(source.weight, bias, norm)
 
     def set_norm(self, layer: str, mean: Tensor, variance: Tensor) -> None:
         """Set the statistics of the BatchNorm behind one convolution (K values each), if it has one."""
         if layer in self._norms:
-            norm = self.model.get_submodule(self._norms[layer])
-            norm.running_mean.copy_(mean)  # type: ignore[union-attr,operator]
-            norm.running_var.copy_(variance)  # type: ignore[union-attr,operator]
+            for tensor, value in zip(_statistics(self.model, self._norms[layer]), (mean, variance), strict=True):
+                tensor.copy_(value)
 
-    def norm_statistics(self, layer: str) -> tuple[Tensor, Tensor] | None:
-        """Return the dense network's BatchNorm mean and variance behind a convolution, if there is one."""
+    def norm_statistics(self, layer: str) -> tuple[Tensor, ...] | None:
+        """Return the dense network's BatchNorm mean and variance (K,) behind a convolution, if there is one."""
         return self._dense_norms.get(self._norms.get(layer, ""))
 
     def logits(self, images: Tensor) -> Tensor:
         """Return float32 logits ``(N, classes)`` of the folded network."""
         x = self.to_native(images)
         with torch.inference_mode():
-            return torch.cat([self.folded(part).float() for part in x.split(BATCH)])
+            return torch.cat([self.folded(part).float() for part in torch.split(x, BATCH)])
 
     def to_native(self, images: Tensor) -> Tensor:
         """Return the images as the folded network wants them."""
@@ -128,7 +123,7 @@ def recalibrate(model: nn.Module, images: Tensor, precision: torch.dtype = torch
         norm.momentum = None  # cumulative average
         norm.train()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        for part in images.split(batch):
+        for part in torch.split(images, batch):
             model(part)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -155,7 +150,7 @@ def norm_of_each_conv(model: nn.Module, example: Tensor) -> dict[str, str]:
             pairs[producers[id(inputs[0])]] = name
 
     handles = [
-        module.register_forward_hook(lambda m, i, o, n=name: after(n, m, i, o))  # type: ignore[misc]
+        module.register_forward_hook(lambda m, i, o, n=name: after(n, m, i, o))
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
     ]
@@ -168,6 +163,21 @@ def norm_of_each_conv(model: nn.Module, example: Tensor) -> dict[str, str]:
         for handle in handles:
             handle.remove()
     return {conv: norm for conv, norm in pairs.items() if calls[conv] == 1 and calls[norm] == 1}
+
+
+def layer_of(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
+    """Return the convolution or linear layer of that name."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    return module
+
+
+def _statistics(model: nn.Module, norm: str) -> tuple[Tensor, Tensor]:
+    module = model.get_submodule(norm)
+    assert isinstance(module, nn.BatchNorm2d)
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    return module.running_mean, module.running_var
 
 
 def _weighted(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:

@@ -1,7 +1,7 @@
 """Evaluate a change of one layer without running what comes before it.
 
-The values alive at each layer's input are kept from one dense pass over a few images; a changed layer then costs only the
-network behind it. A model that torch.fx cannot trace is simply run whole.
+The values alive at each layer's input are kept from one dense pass over a few images; a changed layer then costs only
+the network behind it. A model that torch.fx cannot trace is simply run whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class PrefixCache:
 
     def __init__(self, model: nn.Module, images: Tensor, layers: Sequence[str]) -> None:
         self._model = model
-        self._parts = images.split(BATCH)
+        self._parts = torch.split(images, BATCH)
         self._nodes: list[fx.Node] = []
         self._starts: dict[str, int] = {}
         self._envs: list[dict[fx.Node, object]] = []

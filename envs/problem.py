@@ -59,6 +59,12 @@ class Constraint:
     limit: float
 
 
+def scheme(choice: Choice) -> str:
+    """Return the choice's text without the amount it keeps: choices of one scheme differ in density alone."""
+    parts = [part for part in choice.text.removesuffix(")").partition("(")[2].split(",") if part]
+    return ",".join([choice.kind, *(part for part in parts if part.partition("=")[0] not in ("keep", "kernels"))])
+
+
 class Problem:
     """Layers, choices and budget of one search, and the function that scores a policy.
 
@@ -133,7 +139,8 @@ class Problem:
     def named(self, assignment: Sequence[int]) -> dict[str, Choice]:
         """Return layer name → choice."""
         indices = self.check(assignment)
-        return {layer.name: self.choices[l][i] for l, (layer, i) in enumerate(zip(self.layers, indices, strict=True))}
+        rows = zip(self.layers, self.choices, indices, strict=True)
+        return {layer.name: choices[index] for layer, choices, index in rows}
 
     def costs(self, assignment: Sequence[int]) -> FloatArray:
         """Return the cost under each constraint, (D,), in the constraints' units."""
@@ -168,7 +175,7 @@ class Problem:
         return [int(index) for index in np.flatnonzero(fits_C)]
 
     def nearest_below(self, layer: int, cost: float, among: Sequence[int]) -> int:
-        """Return the choice of largest cost ≤ ``cost`` (first constraint), the cheapest if none; ties to least error."""
+        """Return the choice of largest cost ≤ ``cost`` (first constraint), or the cheapest; ties go to least error."""
         costs_C = self.costs_LCD[layer][:, 0]
         errors_C = self.errors_LC[layer]
         # A requested cost that went through float32 may lie a hair below the choice it came from.
@@ -178,7 +185,7 @@ class Problem:
         return min(among, key=lambda index: (costs_C[index], errors_C[index], index))
 
     def decode_down(self, assignment: Sequence[int]) -> Assignment:
-        """Return a feasible assignment: layer by layer the one asked for, or the nearest cheaper one that is allowed."""
+        """Return a feasible assignment: layer by layer the choice asked for, or the nearest cheaper one allowed."""
         done: list[int] = []
         for layer, index in enumerate(self.check(assignment)):
             allowed = self.allowed(done)

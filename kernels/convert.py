@@ -15,22 +15,21 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from autoprune.core.choices import Choice, Dense
+from autoprune.core.choices import Choice, Dense, Pattern
 from autoprune.core.errors import MissingLatency, ModelError, PolicyError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.core.registry import unknown_name
 from autoprune.kernels.deployed import Decision, DeployedModel, NestedModel, PlannedModel
 from autoprune.kernels.modules import LayerKernel, ProgramLayer
-from autoprune.kernels.plan import KernelName, Plan, build_plan, kernel_for
+from autoprune.kernels.plan import KernelName, build_plan, kernel_for
 from autoprune.kernels.plan_ops import PlanRefusal, layer_spec, padding_of
+from autoprune.kernels.plan_trace import eval_view
 
 __all__ = ["DeployedModel", "LatencyRows", "NestedModel", "PlannedModel", "convert"]
 
 # Folding BatchNorm and another order of summation move results by about 1e-6 of their scale.
 _TOLERANCE = 1e-4
-# Weights a mask may keep beyond the nominal count: one group of 32 filters, twice.
-_SLACK = 64
 
 
 class LatencyRows(Protocol):
@@ -137,10 +136,23 @@ def _decide_one(name: str, layer: _Layer, choice: Choice, table: LatencyRows | N
     return Decision(name, choice.text, kernel, f"{kernel} kernel: {figures}")
 
 
+def is_masked(weight: Tensor, layer: LayerSpec, choice: Choice) -> bool:
+    """Return whether a layer's weights have the zeros that its choice calls for.
+
+    Masks remove whole units and round in favour of the weights, at worst in every filter by itself.
+    """
+    unit = 1
+    if isinstance(choice, Pattern):
+        unit = choice.share[1] * choice.entries
+    elif layer.op == "conv":
+        unit = math.prod(layer.window)
+    kept = int(torch.count_nonzero(weight))
+    return kept <= 1.01 * choice.density(layer) * layer.weights + unit * layer.filters
+
+
 def _check_masked(name: str, layer: _Layer, choice: Choice) -> None:
-    kept = int(torch.count_nonzero(layer.weight))
-    nominal = choice.density(layer.spec)
-    if kept > math.ceil(1.02 * nominal * layer.spec.weights) + _SLACK:
+    if not is_masked(layer.weight, layer.spec, choice):
+        kept, nominal = int(torch.count_nonzero(layer.weight)), choice.density(layer.spec)
         raise ModelError(
             f"layer '{name}' has {kept / layer.spec.weights:.0%} of its weights, its choice {choice.text} keeps "
             f"{nominal:.0%}; mask or train the model by the policy before converting it."
@@ -152,7 +164,7 @@ def _disagreement(model: nn.Module, deployed: DeployedModel, example: Tensor) ->
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(example.shape, generator=generator)
     with torch.no_grad():
-        want = copy.deepcopy(model).eval()(x)
+        want = eval_view(model)(x)
     got = deployed(x)
     if not isinstance(want, Tensor) or want.shape != got.shape:
         return PlanRefusal("output", "the plan's output has another shape than the model's")
@@ -162,9 +174,7 @@ def _disagreement(model: nn.Module, deployed: DeployedModel, example: Tensor) ->
     return None
 
 
-def _nested(
-    model: nn.Module, refusal: PlanRefusal, request: _Request, example: Tensor
-) -> NestedModel:
+def _nested(model: nn.Module, refusal: PlanRefusal, request: _Request, example: Tensor) -> NestedModel:
     network = copy.deepcopy(model).eval()
     layers = _layers_by_hooks(network, example)
     decisions = _decide(layers, request.choices, request.table)

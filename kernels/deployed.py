@@ -18,7 +18,12 @@ from autoprune.kernels.plan import Plan
 from autoprune.kernels.plan_ops import PlanRefusal
 
 # Samples a program takes at once: enough to reuse weights, few enough for its activations to stay in cache.
-_TILE = 8
+_TILE = 32
+
+
+def tile_of(batch: int) -> int:
+    """Return how many samples of a batch one program run takes; larger batches are runs one after another."""
+    return min(batch, _TILE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 import torch
+from autoprune.kernels.cpu.program import Epilogue, Program
 from torch import Tensor, nn
 
 from autoprune.core.errors import ModelError
 from autoprune.core.layers import LayerSpec
-from autoprune.kernels.cpu.program import Epilogue, Program
 from autoprune.kernels.plan import KernelName
 
 _KEPT_PROGRAMS = 4
@@ -97,7 +97,8 @@ def check_input(x: Tensor) -> None:
     """
     if x.dtype != torch.float32 or x.device.type != "cpu":
         raise ModelError(
-            f"a deployed model takes float32 inputs on the CPU, got {x.dtype} on {x.device}; call it with x.float().cpu()."
+            f"a deployed model takes float32 inputs on the CPU, got {x.dtype} on {x.device}; "
+            "call it with x.float().cpu()."
         )
 
 

@@ -1,21 +1,20 @@
 """A whole network as one flat list of kernel calls on preallocated buffers.
 
-``build_plan`` traces an eval-mode model, folds every BatchNorm, fuses sums and ReLUs into the convolutions and names the
-kernel of each layer; ``Plan.program`` turns that into a compiled program for one batch size.
+``build_plan`` traces an eval-mode model, folds every BatchNorm, fuses sums and ReLUs into the convolutions and names
+the kernel of each layer; ``Plan.program`` turns that into a compiled program for one batch size.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from autoprune.kernels.cpu.program import Buffer, Epilogue, Program
 from torch import Tensor, nn
 
 from autoprune.core.choices import Block, Choice, Dense
-from autoprune.kernels.cpu.program import Buffer, Epilogue, Program
 from autoprune.kernels.plan_ops import (
     AddOp,
     ConvOp,
@@ -29,7 +28,7 @@ from autoprune.kernels.plan_ops import (
     fuse,
     reads,
 )
-from autoprune.kernels.plan_trace import trace_ops
+from autoprune.kernels.plan_trace import eval_view, trace_ops
 
 KernelName = Literal["dense", "block", "csr"]
 
@@ -171,9 +170,8 @@ def build_plan(
         kernels: Layer → kernel, where it shall differ from the choice's own.
         threads: Threads a program runs on.
     """
-    model = copy.deepcopy(model).eval()
     try:
-        traced = trace_ops(model, example)
+        traced = trace_ops(eval_view(model), example)
         ops = fuse(traced.ops, traced.output)
     except Refused as error:
         return error.refusal

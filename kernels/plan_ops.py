@@ -106,15 +106,15 @@ class ReluOp:
 
 @dataclass(frozen=True, slots=True)
 class PoolOp:
-    """Pooling; ``global`` averages the whole map to 1 × 1."""
+    """Pooling over square windows; ``global`` averages the whole map to 1 × 1."""
 
     name: str
     kind: Literal["global", "avg", "max"]
     x: Value
     out: Value
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0
 
 
 Op = ConvOp | NormOp | AddOp | ReluOp | PoolOp

@@ -5,6 +5,7 @@ Whatever has no rule here raises ``Refused`` with the operation's name; nothing 
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable
@@ -293,8 +294,10 @@ class _Lowering:
             return PoolOp(name, "global", value, out)
         if value.height % out.height or value.width % out.width:
             raise Refused(name, f"adaptive pooling of {value.height}x{value.width} to {out.height}x{out.width}")
-        window = (value.height // out.height, value.width // out.width)
-        return PoolOp(name, "avg", value, out, window, window)
+        rows, columns = value.height // out.height, value.width // out.width
+        if rows != columns:
+            raise Refused(name, f"pooling windows that are not square ({rows}x{columns})")
+        return PoolOp(name, "avg", value, out, rows, rows)
 
     def _pool_call(self, node: fx.Node) -> Op:
         kind = "avg" if node.target is F.avg_pool2d else "max"
@@ -311,7 +314,15 @@ class _Lowering:
         x, out = self._input(node), self._new_value(node)
         if kind == "avg" and window == (x.height, x.width) and padding == (0, 0):
             return PoolOp(name, "global", x, out)
-        return PoolOp(name, "avg" if kind == "avg" else "max", x, out, window, stride, padding)
+        if any(first != second for first, second in sizes):
+            raise Refused(name, f"pooling windows that are not square ({window[0]}x{window[1]})")
+        return PoolOp(name, "avg" if kind == "avg" else "max", x, out, window[0], stride[0], padding[0])
+
+
+def eval_view(model: nn.Module) -> nn.Module:
+    """Return a copy of a model's structure in eval mode that shares every tensor with it: to read, not to change."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared).eval()
 
 
 def linear_shape(layer: LayerSpec, map_hw: tuple[int, int]) -> LayerSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
 from autoprune.core.progress import Progress
@@ -16,6 +17,21 @@ def make_progress(stream: TextIO | None = None) -> Progress:
     """Return bars if ``stream`` (stderr by default) is a terminal, else plain lines."""
     stream = stream or sys.stderr
     return Bars() if stream.isatty() else Lines(stream)
+
+
+def steps(progress: Progress, name: str) -> Callable[[int, int], None]:
+    """Return a callback ``(done, total)`` that shows its work as one stage, started by its first call."""
+    seen = -1
+
+    def tell(done: int, total: int) -> None:
+        nonlocal seen
+        if seen < 0:
+            progress.stage(name, total)
+            seen = 0
+        progress.advance(done - seen)
+        seen = done
+
+    return tell
 
 
 class Bars:

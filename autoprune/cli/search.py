@@ -16,14 +16,13 @@ if TYPE_CHECKING:
 
 def search(
     budget: Annotated[
-        str,
-        typer.Option(help="What the network may cost: latency=50%, latency=8ms, speedup=2x, macs=50%, params=25%, size=1MB."),
+        str, typer.Option(help="What the network may cost: latency=50%, latency=8ms, speedup=2x, macs=50%, size=1MB.")
     ],
     model: options.Model = "resnet20",
     data: options.Data = "fashion-mnist",
     data_dir: options.DataDir = None,
-    agent: Annotated[str, typer.Option(help="Searcher; auto takes the one that suits the space and the budget.")] = "auto",
-    space: Annotated[str, typer.Option(help="Search space: a preset's name or a YAML file.")] = "cpu-default",
+    agent: Annotated[str, typer.Option(help="Searcher; auto takes the one that suits the budget.")] = "auto",
+    space: options.Space = "cpu-default",
     table: Annotated[
         Path | None, typer.Option(help="Latency table to use.", show_default="measured here, kept in the run")
     ] = None,
@@ -43,9 +42,10 @@ def search(
     """Find the sparsity of every layer that meets a measured budget with the least loss of accuracy."""
     from autoprune.cli.progress import make_progress
     from autoprune.core.budget import parse_budget
-    from autoprune.core.rundir import RunDir, run_name
+    from autoprune.core.rundir import RunDir
     from autoprune.report.html import write_report
-    from autoprune.search.pipeline import SearchConfig, run_search
+    from autoprune.search.config import SearchConfig
+    from autoprune.search.pipeline import run_search
 
     parse_budget(budget)  # a wrong budget is refused before anything heavy starts
     config = SearchConfig(
@@ -61,7 +61,7 @@ def search(
         threads=threads,
         seed=seed,
         device=device,
-        run=run or run_name(model, budget, agent, f"s{seed}"),
+        run=run,
         runs_dir=runs_dir,
         fresh=fresh,
     )
@@ -70,7 +70,7 @@ def search(
         result = run_search(config, progress)
     finally:
         progress.finish()
-    folder = RunDir(runs_dir / str(config.run))
+    folder = RunDir(runs_dir / config.name)
     report = write_report(folder)
     _show(result, {"policy": folder.policy, "weights": folder.weights, "report": report}, as_json)
     if not result.met:
@@ -84,5 +84,6 @@ def _show(result: Result, paths: dict[str, Path], as_json: bool) -> None:
 
         print_result(result, present)
         return
-    record = result.model_dump(include={"model", "data", "budget", "agent", "seed", "met", "reason", "rows", "references"})
+    fields = {"model", "data", "budget", "agent", "seed", "met", "reason", "rows", "references"}
+    record = result.model_dump(include=fields)
     print(json.dumps({**record, "paths": {name: str(path) for name, path in present.items()}}))

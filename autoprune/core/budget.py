@@ -1,8 +1,9 @@
 """Budgets: what a user writes, and what it means.
 
-``latency=50%`` · ``latency=8ms`` · ``speedup=2x`` · ``macs=50%`` · ``params=25%`` · ``size=1MB``; several, joined by commas,
-must all hold. A percentage of latency is of the fastest dense execution measured on the machine; every other percentage is
-of the dense network. A value always carries its unit: ``params=25`` could mean weights or percent, so it is refused.
+``latency=50%`` · ``latency=8ms`` · ``speedup=2x`` · ``macs=50%`` · ``params=25%`` · ``size=1MB``; several, joined by
+commas, must all hold. A percentage of latency is of the fastest dense execution measured on the machine; every other
+percentage is of the dense network. A value carries its unit:
+``params=25`` could mean weights or percent, so it is refused.
 """
 
 from __future__ import annotations

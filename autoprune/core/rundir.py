@@ -99,7 +99,7 @@ class RunDir:
                 return RunDir(path)
         found = root.glob("*/config.json") if root.is_dir() else iter(())
         names = [path.parent.name for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
-        known = f"newest runs: {', '.join(names[:5])}" if names else "there are no runs; start one with autoprune search"
+        known = f"newest runs: {', '.join(names[:5])}" if names else "there are no runs; make one: autoprune search"
         raise RunError(f"no run '{run}' in {root}/: {known}.")
 
     def _set_aside(self) -> None:
@@ -122,7 +122,8 @@ class RunDir:
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         first = changed[0]
         raise RunError(
-            f"run folder {self.path} holds another configuration ({first}: {old.get(first)!r}, now {new.get(first)!r}); "
+            f"run folder {self.path} holds another configuration "
+            f"({first}: {old.get(first)!r}, now {new.get(first)!r}); "
             "give another --run name, or --fresh to start over."
         )
 
@@ -205,3 +206,41 @@ class RunDir:
     def tuned(self, label: str) -> Path:
         """Fine-tuned weights of one candidate policy."""
         return self.path / f"tuned-{label}.safetensors"
+
+
+class Cache:
+    """What several runs share: measurements and layer databases, by a key of all they depend on."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        self._folder = runs_dir / ".cache"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make {self._folder}: {error.strerror}; choose another --runs-dir.") from None
+
+    def database(self, key: str) -> Path:
+        """Compensated weights per layer and choice."""
+        return self._folder / f"database-{key}.safetensors"
+
+    def table(self, key: str) -> Path:
+        """Latency table of one context and space."""
+        return self._folder / f"table-{key}.json"
+
+    def references(self, key: str) -> Path:
+        """Latencies of the dense executions of one model in one context."""
+        return self._folder / f"references-{key}.json"
+
+    def _errors(self, key: str) -> Path:
+        return self._folder / f"errors-{key}.json"
+
+    def read_errors(self, key: str) -> list[list[float]] | None:
+        """Return the stored single-layer errors, or None when there are none that can be read."""
+        try:
+            rows: list[list[float]] = json.loads(self._errors(key).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return rows
+
+    def write_errors(self, key: str, rows: list[list[float]]) -> None:
+        """Store single-layer errors."""
+        write_text(self._errors(key), json.dumps(rows))

@@ -25,6 +25,7 @@ from autoprune.report.summary import (
     verdict,
 )
 
+
 def write_report(run: RunDir) -> Path:
     """Write ``report.html`` into a run's folder and return its path.
 
@@ -65,7 +66,12 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        time=time_text, seconds=seconds_text, percent=percent, significant=significant, times_floor=_times_floor
+        time=time_text,
+        seconds=seconds_text,
+        percent=percent,
+        significant=significant,
+        times_floor=_times_floor,
+        breakable=_breakable,
     )
     return environment
 
@@ -74,3 +80,8 @@ def _times_floor(measured_us: float | None, floor_us: float) -> str:
     if measured_us is None or floor_us <= 0.0:
         return "–"
     return f"{measured_us / floor_us:.1f} ×"
+
+
+def _breakable(choice: str) -> Markup:
+    """Let a choice's text wrap after its commas."""
+    return Markup(",<wbr>").join(choice.split(","))

@@ -1,6 +1,6 @@
 """The report's plots, from a result alone.
 
-Colours are told apart by readers with any colour vision (Okabe and Ito's set) and stand out on white and on black alike;
+Colours are told apart by readers with any colour vision (after Okabe and Ito) and stand out on white and on black;
 wherever colour carries meaning, a symbol, a hatch or a label carries it too.
 """
 
@@ -61,7 +61,7 @@ def _laid_out(figure: go.Figure, height: int) -> go.Figure:
 
 def layer_figure(layers: Sequence[LayerRow]) -> go.Figure:
     """Return density by layer, coloured by the choice's kind, beside the layer's time: dense, predicted, measured."""
-    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.03, column_widths=[0.42, 0.58])
+    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.05, column_widths=[0.42, 0.58])
     kinds = list(dict.fromkeys(_kind(layer) for layer in layers))
     for kind in kinds:
         rows = [layer for layer in layers if _kind(layer) == kind]
@@ -71,20 +71,25 @@ def layer_figure(layers: Sequence[LayerRow]) -> go.Figure:
             y=[layer.name for layer in rows],
             name=kind,
             orientation="h",
-            marker={"color": color, "pattern": {"shape": hatch, "fgopacity": 0.5}},
+            width=0.7,
+            marker={"color": color, "pattern": {"shape": hatch, "fillmode": "overlay", "fgcolor": "#ffffff"}},
             text=[f"{layer.density:.0%} · {layer.kernel}" for layer in rows],
             textposition=["inside" if layer.density > 0.6 else "outside" for layer in rows],
             insidetextanchor="end",
+            insidetextfont={"size": 12, "color": "#ffffff"},
+            outsidetextfont={"size": 12},
+            constraintext="none",
             customdata=[[layer.choice, layer.shape] for layer in rows],
             hovertemplate="%{y}<br>%{customdata[1]}<br>%{customdata[0]}<extra></extra>",
             cliponaxis=False,
-            offsetgroup="density",
             row=1,
             col=1,
         )
     _add_times(figure, layers)
     figure = _laid_out(figure, height=110 + 26 * len(layers))
-    figure.update_layout(barmode="overlay", bargap=0.25, yaxis={"autorange": "reversed", "ticks": ""})
+    order = [layer.name for layer in layers]
+    figure.update_layout(barmode="overlay")
+    figure.update_yaxes(categoryorder="array", categoryarray=order, autorange="reversed", ticks="")
     figure.update_xaxes(title_text="weights kept (%)", range=[0, 100], row=1, col=1)
     figure.update_xaxes(title_text="time of the layer (µs)", rangemode="tozero", row=1, col=2)
     return figure
@@ -100,6 +105,7 @@ def _add_times(figure: go.Figure, layers: Sequence[LayerRow]) -> None:
         y=names,
         name="dense time",
         orientation="h",
+        width=0.7,
         marker={"color": GREY, "opacity": 0.35},
         hovertemplate=hover + "<extra>dense</extra>",
         **where,
@@ -110,23 +116,24 @@ def _add_times(figure: go.Figure, layers: Sequence[LayerRow]) -> None:
             y=names,
             name="measured in the network",
             orientation="h",
-            width=0.42,
+            width=0.35,
             marker={"color": BLUE},
             hovertemplate=hover + "<extra>measured</extra>",
             **where,
         )
+    diamond = {"symbol": "diamond", "size": 9, "color": "#ffffff", "line": {"width": 2, "color": RED}}
+    tick = {"symbol": "line-ns-open", "size": 14, "color": GREEN, "line": {"width": 2.5}}
     marks = [
-        ("predicted", [layer.predicted_us for layer in layers], {"symbol": "diamond-open", "size": 9, "color": RED}),
-        ("floor", [layer.floor_us for layer in layers], {"symbol": "line-ns-open", "size": 13, "color": GREEN}),
+        ("predicted", [layer.predicted_us for layer in layers], diamond),
+        ("floor", [layer.floor_us for layer in layers], tick),
     ]
     for name, values, marker in marks:
-        line = {"line": {"width": 2.5 if name == "floor" else 1.5}}
         figure.add_scatter(
             x=values,
             y=names,
             name=name,
             mode="markers",
-            marker={**marker, **line},
+            marker=marker,
             hovertemplate=hover + f"<extra>{name}</extra>",
             **where,
         )
@@ -143,7 +150,8 @@ def trial_figure(result: Result) -> go.Figure:
     for index, proposer in enumerate(proposers):
         color, symbol = _SERIES[index % len(_SERIES)]
         rows = [trial for trial in result.trials if trial.proposer == proposer]
-        _add_trials(figure, rows, f"{proposer} ({len(rows)})", {"color": color, "symbol": symbol, "size": 8, "opacity": 0.75})
+        look: dict[str, object] = {"color": color, "symbol": symbol, "size": 8, "opacity": 0.75}
+        _add_trials(figure, rows, f"{proposer} ({len(rows)})", look)
     front = [result.trials[i] for i in pareto_front([(t.latency_us, t.error) for t in result.trials])]
     figure.add_scatter(
         x=[trial.latency_us for trial in front],
@@ -154,9 +162,9 @@ def trial_figure(result: Result) -> go.Figure:
         hoverinfo="skip",
     )
     chosen = [trial for trial in result.trials if trial.number == result.chosen_trial]
-    look = {"color": RED, "symbol": "star", "size": 18, "line": {"width": 1, "color": "#ffffff"}}
     if chosen:
-        _add_trials(figure, chosen, "chosen", look)
+        star = {"color": RED, "symbol": "star", "size": 18, "line": {"width": 1, "color": "#ffffff"}}
+        _add_trials(figure, chosen, "chosen", star)
     figure = _laid_out(figure, height=440)
     limit = result.latency_limit_us
     if limit is not None:
@@ -164,7 +172,8 @@ def trial_figure(result: Result) -> go.Figure:
         figure.add_vline(x=limit, line={"color": RED, "dash": "dash", "width": 1.5}, annotation_font_color=RED, **label)
     logarithmic = all(trial.error > 0.0 for trial in result.trials)
     figure.update_xaxes(title_text="predicted latency (µs)")
-    figure.update_yaxes(title_text="error: KL to dense (nats)", type="log" if logarithmic else "linear", exponentformat="power")
+    scale = "log" if logarithmic else "linear"
+    figure.update_yaxes(title_text="error: KL to dense (nats)", type=scale, dtick="D2" if logarithmic else None)
     return figure
 
 

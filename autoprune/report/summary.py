@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,8 +62,9 @@ def significant(value: float, digits: int = 3) -> str:
     """Return a number with ``digits`` significant digits and no exponent."""
     if value == 0.0:
         return "0"
-    places = max(0, digits - len(f"{abs(value):.0f}")) if abs(value) >= 1.0 else digits
-    return f"{value:.{places}f}"
+    rounded = float(f"{value:.{digits}g}")
+    places = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:.{places}f}"
 
 
 def verdict(result: Result) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
@@ -17,8 +18,8 @@ Progress: TypeAlias = "Callable[[int, int], None]"
 """Called after each evaluation with (done, total)."""
 
 
-class EvaluationsSpent(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by ``Account.evaluate`` when one more policy would exceed the number granted."""
+class EvaluationsSpent(Exception):
+    """A signal, no failure: one more policy would exceed the number granted."""
 
 
 class Account:
@@ -92,10 +93,8 @@ class Searcher(ABC):
         if study.problem is not problem:
             raise ValueError("the study was opened for another problem")
         account = Account(study, self.name, evaluations, progress)
-        try:
+        with contextlib.suppress(EvaluationsSpent):
             self.propose(account, seed)
-        except EvaluationsSpent:
-            pass
         return study.trial(account.ranked()[0], self.name)
 
     @abstractmethod

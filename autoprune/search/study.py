@@ -1,6 +1,6 @@
 """The record of every evaluated policy: an Optuna study, whoever proposes.
 
-Each policy is one finished trial, committed before the search goes on; optuna-dashboard can show the file while it grows.
+Each policy is one finished trial, committed before the search goes on; optuna-dashboard can show the file as it grows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Least-squares compensation: the kept weights that best reproduce a layer's dense outputs on real inputs.
+"""Least-squares compensation: the kept weights that best reproduce a layer's dense outputs.
 
-For one filter with dense weights ``w`` (a row), kept positions ``m`` and input second moments ``H = E[x xᵀ]``, the error
+For one filter with dense weights ``w`` (a row), kept positions ``m`` and input moments ``H = E[x xᵀ]``, the error
 ``E[(w'x − wx)²]`` is least at ``w'_m = w_m + H_mm⁻¹ H_mp w_p`` (p: the pruned positions). Filters with one mask share
 one factorisation, which is why blocks are cheap.
 

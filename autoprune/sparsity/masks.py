@@ -21,7 +21,7 @@ from torch import Tensor
 
 from autoprune.core.choices import CK, Block, Choice, Combined, Dense, Fine, Pattern, Window
 from autoprune.core.errors import ChoiceError
-from autoprune.sparsity.patterns import patdnn_pool, select_patterns
+from autoprune.sparsity.patterns import make_pool, select_patterns
 from autoprune.sparsity.ranking import kept_count, top_mask
 
 KernelScore = Literal["sum", "max"]
@@ -136,10 +136,23 @@ def project(
     elif isinstance(choice, Combined):
         window_KCP = top_mask(score_KCP, target.entries)
         windowed_KCP = score_KCP.masked_fill(~window_KCP, 0.0)
-        mask = window_KCP & _best(_kernel_scores(windowed_KCP, kernel_score), target.units, balance)[..., None]
+        value_KC = _kernel_scores(windowed_KCP, kernel_score).masked_fill(score_KCP.amax(-1) < 0, -1.0)
+        mask = window_KCP & _best(value_KC, target.units, balance)[..., None]
     else:
         raise ChoiceError(f"no mask rule for choice '{choice.text}'.")
     return mask.reshape(score.shape).contiguous()
+
+
+def choose_pool(score: Tensor, choice: Pattern, kind: str = "patdnn") -> Tensor:
+    """Return the layer's pattern pool of a kind of ``POOL_KINDS``, (M, R, S) boolean, from its share groups' scores.
+
+    Args:
+        score: (K, C, R, S) float32, non-negative.
+        choice: Gives pool size, entries and share.
+        kind: Of ``make_pool``.
+    """
+    group_BDP = group_mean(score.reshape(score.shape[0], score.shape[1], -1), choice.share)
+    return make_pool(kind, group_BDP.reshape(-1, *score.shape[2:]), choice.count, choice.entries)
 
 
 def assign_patterns(score: Tensor, choice: Pattern, pool: Tensor | None = None) -> Tensor:
@@ -153,7 +166,7 @@ def assign_patterns(score: Tensor, choice: Pattern, pool: Tensor | None = None) 
     rows, columns = int(score.shape[2]), int(score.shape[3])
     group_BDP = group_mean(score.reshape(score.shape[0], score.shape[1], -1), choice.share)
     if pool is None:
-        pool = patdnn_pool(group_BDP.reshape(-1, rows * columns), choice.count, choice.entries, (rows, columns))
+        pool = choose_pool(score, choice)
     if pool.dim() != 3 or tuple(pool.shape[1:]) != (rows, columns):
         raise ChoiceError(f"choice '{choice.text}': a pool of shape {tuple(pool.shape)} does not fit a 3x3 window.")
     pool_MP = pool.to(score.device).flatten(1)

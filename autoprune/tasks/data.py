@@ -1,7 +1,7 @@
 """Images with labels, held in memory as uint8, and where they come from.
 
-Splits are disjoint and fixed: of Fashion-MNIST's 60,000 training images 5,000 (chosen by ``SPLIT_SEED``) are held out as
-validation data, 55,000 train; the 10,000 test images are used for one closing figure and no choice.
+Splits are disjoint and fixed: of Fashion-MNIST's 60,000 training images 5,000 (chosen by ``SPLIT_SEED``) are held out
+as validation data, 55,000 train; the 10,000 test images are used for one closing figure and no choice.
 Inside the package stand the validation images, 8,000 of the training images and the test images.
 """
 
@@ -137,8 +137,8 @@ def _download(root: Path) -> Path:
         FashionMNIST(str(root), train=True, download=True)
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"full Fashion-MNIST not found and not downloadable ({error}): put train-images-idx3-ubyte.gz and its three "
-            "companions in a folder and give --data-dir, or install the system package dataset-fashion-mnist."
+            f"full Fashion-MNIST not found and not downloadable ({error}): put train-images-idx3-ubyte.gz and its "
+            "three companions in a folder and give --data-dir, or install the system package dataset-fashion-mnist."
         ) from None
     return root / "FashionMNIST" / "raw"
 

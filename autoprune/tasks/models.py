@@ -1,6 +1,6 @@
 """The built-in networks, sized for 28×28 and 32×32 images.
 
-Source: He et al., "Deep residual learning for image recognition" (arXiv 1512.03385) §4.2, with 1×1 projection shortcuts;
+Source: He et al., "Deep residual learning for image recognition" (arXiv 1512.03385) §4.2, with projection shortcuts;
 Simonyan & Zisserman, "Very deep convolutional networks" (arXiv 1409.1556), with BatchNorm and one classifier layer.
 """
 
@@ -39,7 +39,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        out: Tensor = self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        return out
 
 
 class CifarResNet(nn.Module):

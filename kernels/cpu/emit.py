@@ -13,8 +13,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-LANES = 16
-VECTOR_BYTES = 4 * LANES
+from autoprune.kernels.cpu.shapes import LANES
 
 I8 = ir.IntType(8)
 I32 = ir.IntType(32)

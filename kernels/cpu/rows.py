@@ -83,10 +83,17 @@ class Control(IntEnum):
     TARGET = 1  # address of the user's output
     REPEATS = 2
     TIMES = 3  # address of int64 nanoseconds, or 0
+    PROFILE = 4  # 1: TIMES holds one number per run and row, 0: per run
+    TABLE = 5
+    N_ROWS = 6
+    THREADS = 7
     EPOCH = 8  # counts runs; workers wait for it to change
     ARRIVED = 16  # barrier: threads that arrived
     PHASE = 24  # barrier: counts openings
     STOP = 32
+    BATCH = 33
+    CHUNK = 34  # images that go through all rows together
+    BY_IMAGE = 35  # 1: every thread has its own images, 0: all share the work of every row
     STATE = 40  # + 8 · thread: 1 while that worker sleeps
 
 

@@ -9,7 +9,7 @@ are grouped by column shift: all loads stay aligned and the sums move one lane b
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from llvmlite import ir
 
@@ -18,8 +18,6 @@ from autoprune.kernels.cpu.emit import (
     I8,
     I32,
     I64,
-    LANES,
-    VECTOR_BYTES,
     ZERO,
     at_least,
     floor_of,
@@ -34,22 +32,7 @@ from autoprune.kernels.cpu.emit import (
     store,
 )
 from autoprune.kernels.cpu.rows import Field
-
-
-class BlockTile(NamedTuple):
-    """Shape of a block tile: output pixels, vectors of 16 filters, and entries in flight."""
-
-    rows: int
-    cols: int
-    vectors: int
-    unroll: int = 1
-
-
-class CsrTile(NamedTuple):
-    """Shape of a CSR tile: vectors of 16 pixels, and entries in flight."""
-
-    vectors: int
-    unroll: int
+from autoprune.kernels.cpu.shapes import LANES, VECTOR_BYTES, BlockTile, CsrTile
 
 
 def field(b: ir.IRBuilder, row: ir.Value, name: Field) -> ir.Value:

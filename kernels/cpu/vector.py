@@ -11,9 +11,7 @@ from autoprune.kernels.cpu.emit import (
     I8,
     I32,
     I64,
-    LANES,
     VEC,
-    VECTOR_BYTES,
     ZERO,
     at_least,
     floor_of,
@@ -26,6 +24,7 @@ from autoprune.kernels.cpu.emit import (
     store,
     transpose,
 )
+from autoprune.kernels.cpu.shapes import LANES, VECTOR_BYTES
 
 
 @kernel(1, types.int64)

@@ -1,0 +1,163 @@
+"""Measures a latency table: every layer shape with every choice, on the kernels that deployment runs.
+
+A row is one layer with bias and ReLU fused, dense too. All choices of a shape are timed in turn, round after round, so
+that drift of the machine hits them alike. Each row runs on several copies of the layer, so that inputs and weights
+are as warm as in a network, not warmer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoprune.core.choices import Choice, Dense
+from autoprune.core.errors import MeasurementError
+from autoprune.core.layers import LayerSpec
+from autoprune.kernels.cpu.program import Epilogue, Program
+from autoprune.kernels.dense import torch_threads
+from autoprune.kernels.deployed import tile_of
+from autoprune.kernels.plan import kernel_for
+from autoprune.lut.measure import call_timer, sample_rounds
+from autoprune.lut.table import Context, LatencyTable, Row
+from autoprune.sparsity.masks import make_mask
+
+_ROUNDS = 25
+_SAMPLE_US = 100.0
+_COPIES = 3
+
+Progress = Callable[[int, int], None]
+Checkpoint = Callable[[LatencyTable], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A layer with one choice, ready to be timed."""
+
+    time_us: Callable[[], float]
+    weight_bytes: int
+    kernel: str
+
+
+def build_table(
+    space_layers: Mapping[LayerSpec, Sequence[Choice]],
+    context: Context,
+    *,
+    rows: Mapping[tuple[str, str], Row] | None = None,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> LatencyTable:
+    """Measure what is absent of a table.
+
+    Args:
+        space_layers: Layer → choices it may take; layers of one signature share their rows. The dense row is measured
+            for every layer, asked for or not.
+        context: From ``current_context``; fixes batch size and threads.
+        rows: Rows measured before in this context; not measured again.
+        progress: Called with (rows done, rows in all).
+        checkpoint: Called with the table so far whenever a shape is complete.
+    Raises:
+        MeasurementError: A layer cannot be run on this machine.
+    """
+    wanted = _unique(space_layers)
+    table = LatencyTable(context, dict(rows or {}))
+    total = sum(len(choices) for _, choices in wanted)
+    absent = [
+        (layer, [choice for choice in choices if (layer.signature, choice.text) not in table.rows])
+        for layer, choices in wanted
+    ]
+    done = total - sum(len(choices) for _, choices in absent)
+    for layer, choices in absent:
+        if not choices:
+            continue
+        table = table.with_rows(_measure_layer(layer, choices, context))
+        done += len(choices)
+        if checkpoint is not None:
+            checkpoint(table)
+        if progress is not None:
+            progress(done, total)
+    return table
+
+
+def _unique(space_layers: Mapping[LayerSpec, Sequence[Choice]]) -> list[tuple[LayerSpec, list[Choice]]]:
+    by_signature: dict[str, tuple[LayerSpec, dict[str, Choice]]] = {}
+    for layer, choices in space_layers.items():
+        known = by_signature.setdefault(layer.signature, (layer, {}))[1]
+        for choice in (Dense(), *choices):
+            known.setdefault(choice.text, choice)
+    return [(layer, list(choices.values())) for layer, choices in by_signature.values()]
+
+
+def _measure_layer(layer: LayerSpec, choices: Sequence[Choice], context: Context) -> dict[tuple[str, str], Row]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(layer.weight_shape, generator=generator) / math.sqrt(layer.weights / layer.filters)
+    with torch_threads(context.threads), torch.no_grad():
+        try:
+            candidates = {choice.text: _candidate(layer, choice, weight, context) for choice in choices}
+        except (ValueError, RuntimeError) as error:
+            raise MeasurementError(f"layer '{layer.name}' ({layer.signature}) cannot be measured: {error}") from error
+        for candidate in candidates.values():
+            candidate.time_us()
+        samples, _ = sample_rounds({text: candidate.time_us for text, candidate in candidates.items()}, _ROUNDS)
+    rows = {}
+    for text, candidate in candidates.items():
+        p10, p50, p90 = (float(value) for value in np.percentile(samples[text], [10, 50, 90]))
+        rows[layer.signature, text] = Row(
+            p10=p10, p50=p50, p90=p90, weight_bytes=candidate.weight_bytes, kernel=candidate.kernel
+        )
+    return rows
+
+
+def _candidate(layer: LayerSpec, choice: Choice, weight: Tensor, context: Context) -> _Candidate:
+    if layer.groups != 1:
+        return _torch_candidate(layer, weight, context)
+    masked = weight * make_mask(weight, choice)
+    kernel, block = kernel_for(choice)
+    # Tokens of a linear layer are rows of the batch to the kernel.
+    tokens = layer.input_hw[0] * layer.input_hw[1] if layer.op == "linear" else 1
+    batch = context.batch * tokens
+    tile = batch if layer.op == "linear" and tokens > 1 else tile_of(batch)
+    program = Program(tile, context.threads)
+    spec = _as_conv(layer)
+    bias = torch.zeros(layer.filters)
+    # The copies run one after another: each finds its own input and weights as the others' traffic left them.
+    inputs = [program.buffer(spec.channels, *spec.input_hw, halo=max(spec.padding)) for _ in range(_COPIES)]
+    outputs = [program.buffer(spec.filters, *spec.output_hw) for _ in range(_COPIES)]
+    program.set_input(inputs[0])
+    for x, out in zip(inputs, outputs, strict=True):
+        kcrs = masked.reshape(spec.weight_shape)
+        program.conv(x, out, spec, kcrs, bias, kernel, Epilogue(relu=True), block)
+    program.set_output(outputs[-1])
+    program.finish()
+    program.run(torch.randn(tile, spec.channels, *spec.input_hw))
+    scale = batch / tile / _COPIES
+    once_us = float(np.median(program.time_us(5)))
+    runs = max(2, math.ceil(_SAMPLE_US / max(once_us, 0.1)))
+    return _Candidate(
+        time_us=lambda: float(np.median(program.time_us(runs))) * scale,
+        weight_bytes=program.weight_bytes // _COPIES,
+        kernel=kernel,
+    )
+
+
+def _as_conv(layer: LayerSpec) -> LayerSpec:
+    if layer.op == "conv":
+        return layer
+    shape = (*layer.weight_shape, 1, 1)
+    return replace(layer, op="conv", weight_shape=shape, input_hw=(1, 1), output_hw=(1, 1))
+
+
+def _torch_candidate(layer: LayerSpec, weight: Tensor, context: Context) -> _Candidate:
+    """A grouped convolution, which deployment leaves to PyTorch."""
+    x = torch.randn(context.batch, layer.channels, *layer.input_hw).contiguous(memory_format=torch.channels_last)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+
+    def run() -> object:
+        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    return _Candidate(call_timer(run), 4 * layer.weights, "torch")

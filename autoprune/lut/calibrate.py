@@ -1,0 +1,147 @@
+"""From the sum of a network's rows to its latency end to end: a fitted line, with its error on networks left out.
+
+T = slope · Σ rows + intercept. The slope takes up what layers gain or lose beside each other, the intercept what no row
+holds: pooling, copying the input, the call itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from autoprune.core.choices import Choice, Dense
+from autoprune.core.errors import MeasurementError
+from autoprune.core.layers import LayerSpec
+from autoprune.lut.deploy import Deploy
+from autoprune.lut.measure import interleaved_us
+from autoprune.lut.table import Calibration, LatencyTable, Point
+
+# Networks held in memory and timed in turn.
+_GROUP = 8
+_FOCUS_WIDTH = 0.25
+_FOCUS_FLOOR = 0.1
+
+
+def calibrate(
+    table: LatencyTable,
+    layers: Sequence[LayerSpec],
+    deploy: Deploy,
+    space: Mapping[str, Sequence[Choice]],
+    seed: int,
+    count: int = 30,
+    *,
+    sample_seconds: float = 0.15,
+) -> LatencyTable:
+    """Time random policies end to end and return the table with its calibration.
+
+    Args:
+        table: Covers every layer and choice of the space.
+        layers: All layers of the network.
+        deploy: From choices to a call that runs that network once (``lut.deploy.deployer``).
+        space: Layer → choices; layers not named stay dense.
+        seed: Of the policies drawn.
+        count: Networks to time, the dense one among them; at least 4.
+        sample_seconds: Time spent on each network.
+    Raises:
+        MeasurementError: Fewer than 4 networks, or no spread in what they take.
+    """
+    if count < 4:
+        raise MeasurementError(f"calibration on {count} networks: give at least 4.")
+    policies = random_policies(table, layers, space, seed, count)
+    points: list[Point] = []
+    for start in range(0, len(policies), _GROUP):
+        group = policies[start : start + _GROUP]
+        runs = {str(index): deploy(choices) for index, choices in enumerate(group)}
+        samples = interleaved_us(runs, sample_seconds * len(group), table.context.threads)
+        for index, choices in enumerate(group):
+            measured = float(np.median(samples[str(index)]))
+            points.append(Point(rows_us=table.rows_us(layers, choices), measured_us=measured))
+    return table.with_calibration(fit(points))
+
+
+def random_policies(
+    table: LatencyTable, layers: Sequence[LayerSpec], space: Mapping[str, Sequence[Choice]], seed: int, count: int
+) -> list[dict[str, Choice]]:
+    """Return the dense policy and ``count - 1`` random ones, spread evenly from nearly dense to the fastest.
+
+    Each layer draws among the choices that are faster than its dense row, ranked by time, around the policy's own rank;
+    policies that mix the ranks freely would all take about the same time.
+    """
+    generator = np.random.default_rng(seed)
+    by_name = {layer.name: layer for layer in layers}
+    ranked: dict[str, list[Choice]] = {}
+    for name, choices in space.items():
+        layer = by_name[name]
+        dense_us = table.layer_us(layer, Dense())
+        faster = [choice for choice in choices if table.layer_us(layer, choice) < dense_us]
+        ranked[name] = [Dense(), *sorted(faster, key=lambda c: -table.layer_us(layer, c))]
+    policies: list[dict[str, Choice]] = [{}]
+    for index in range(1, count):
+        centre = index / (count - 1)
+        policy: dict[str, Choice] = {}
+        for name, choices in ranked.items():
+            rank = np.clip(generator.normal(centre, 0.25), 0.0, 1.0)
+            policy[name] = choices[round(float(rank) * (len(choices) - 1))]
+        policies.append(policy)
+    return policies
+
+
+def refit(table: LatencyTable, extra: Sequence[Point], focus_us: float | None = None) -> LatencyTable:
+    """Return the table calibrated again with more networks.
+
+    Args:
+        table: Its calibration's points are kept.
+        extra: Networks timed since.
+        focus_us: Latency of interest; networks near it weigh most, those far away a tenth.
+    """
+    known = table.calibration.points if table.calibration is not None else ()
+    points = [_focused(point, focus_us) for point in (*known, *extra)]
+    return table.with_calibration(fit(points))
+
+
+def _focused(point: Point, focus_us: float | None) -> Point:
+    if focus_us is None:
+        return point.model_copy(update={"weight": 1.0})
+    distance = np.log(point.measured_us / focus_us) / _FOCUS_WIDTH
+    weight = _FOCUS_FLOOR + (1.0 - _FOCUS_FLOOR) * float(np.exp(-0.5 * distance**2))
+    return point.model_copy(update={"weight": weight})
+
+
+def fit(points: Sequence[Point]) -> Calibration:
+    """Return the line with the least weighted relative error, and its error on points left out.
+
+    Raises:
+        MeasurementError: Fewer than 4 points, or they hardly differ.
+    """
+    rows = np.array([point.rows_us for point in points])
+    measured = np.array([point.measured_us for point in points])
+    weights = np.array([point.weight for point in points])
+    if len(points) < 4 or np.ptp(rows) < 0.01 * rows.max():
+        raise MeasurementError(
+            f"calibration: {len(points)} networks between {rows.min(initial=0):.1f} and {rows.max(initial=0):.1f} us; "
+            "give at least 4 that differ by more than 1 %."
+        )
+    slope, intercept = _line(rows, measured, weights)
+    left_out = np.empty(len(points))
+    for index in range(len(points)):
+        others = np.arange(len(points)) != index
+        a, b = _line(rows[others], measured[others], weights[others])
+        left_out[index] = a * rows[index] + b
+    errors = np.abs(left_out - measured) / measured
+    tau = float(kendalltau(left_out, measured).statistic)
+    return Calibration(
+        slope=slope,
+        intercept_us=intercept,
+        mape=float(np.average(errors, weights=weights)),
+        kendall_tau=tau,
+        points=tuple(points),
+    )
+
+
+def _line(rows: np.ndarray, measured: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    scale = np.sqrt(weights) / measured
+    matrix = np.stack([rows * scale, scale], axis=1)
+    (slope, intercept), *_ = np.linalg.lstsq(matrix, np.sqrt(weights), rcond=None)
+    return float(slope), float(intercept)

@@ -1,0 +1,92 @@
+"""Everything the closing table and the report show of a finished search."""
+
+from __future__ import annotations
+
+from autoprune.core.budget import Budget
+from autoprune.core.choices import Choice, Dense
+from autoprune.core.layers import LayerSpec
+from autoprune.core.result import FidelityPoint, LayerRow, Row, TrialRow
+from autoprune.kernels.convert import DeployedModel
+from autoprune.lut.measure import peak_gflops
+from autoprune.lut.table import LatencyTable
+from autoprune.search.deploy import layer_times_us
+from autoprune.search.finals import Candidate
+from autoprune.search.study import Study
+
+
+def rows_of(candidates: list[Candidate], feasible: list[bool | None]) -> list[Row]:
+    """Return the closing table's rows, in order."""
+    return [
+        Row(
+            name=candidate.name,
+            proposer=candidate.proposer,
+            predicted=candidate.predicted,
+            measured=candidate.measured,
+            accuracy=candidate.accuracy,
+            feasible=met,
+            choices={name: choice.text for name, choice in candidate.choices.items()},
+        )
+        for candidate, met in zip(candidates, feasible, strict=True)
+    ]
+
+
+def layer_rows(
+    layers: tuple[LayerSpec, ...], chosen: Candidate, network: DeployedModel, table: LatencyTable, threads: int
+) -> list[LayerRow]:
+    """Return what became of each layer: predicted, measured inside the network, floor, and why."""
+    decisions = {layer: (kernel, why) for layer, _, kernel, why in network.explain()}
+    measured = layer_times_us(network)
+    slope = table.calibration.slope if table.calibration else 1.0
+    macs_a_us = peak_gflops(threads) * 1e3 / 2.0
+    rows = []
+    for layer in layers:
+        choice = chosen.choices.get(layer.name, Dense())
+        kernel, why = decisions.get(layer.name, ("torch", "not part of the plan"))
+        deployed: Choice = Dense() if kernel in ("dense", "torch") else choice
+        rows.append(
+            LayerRow(
+                name=layer.name,
+                shape=layer.signature,
+                choice=choice.text,
+                kernel=kernel,
+                density=choice.density(layer),
+                dense_us=slope * layer.calls * table.layer_us(layer, Dense()),
+                predicted_us=slope * layer.calls * table.layer_us(layer, deployed),
+                measured_us=measured.get(layer.name),
+                floor_us=layer.macs * table.context.batch * deployed.density(layer) / macs_a_us,
+                why=why,
+            )
+        )
+    return rows
+
+
+def trial_rows(study: Study, layers: tuple[LayerSpec, ...], table: LatencyTable) -> list[TrialRow]:
+    """Return every evaluated policy with its predicted latency."""
+    return [
+        TrialRow(
+            number=trial.number,
+            proposer=trial.proposer,
+            error=trial.quality.error,
+            accuracy=trial.quality.accuracy,
+            latency_us=table.network_us(layers, study.problem.named(trial.assignment)),
+            seconds=trial.quality.seconds,
+        )
+        for trial in study.trials
+    ]
+
+
+def fidelity_points(table: LatencyTable) -> list[FidelityPoint]:
+    """Return prediction and measurement of the networks the calibration was fitted on."""
+    fit = table.calibration
+    if fit is None:
+        return []
+    return [
+        FidelityPoint(predicted_us=fit.slope * point.rows_us + fit.intercept_us, measured_us=point.measured_us)
+        for point in fit.points
+    ]
+
+
+def latency_limit_us(budget: Budget, dense_us: float) -> float | None:
+    """Return the latency budget in microseconds, if there is one."""
+    limit = budget.limit("latency")
+    return None if limit is None else limit.absolute(dense_us)

@@ -1,0 +1,196 @@
+"""The last stage: candidate policies are deployed, timed, fine-tuned and compared; one is chosen.
+
+Test data is touched once, for the chosen policy and the dense network, after the choice was made.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from autoprune.core.budget import Budget
+from autoprune.core.choices import Choice, Dense
+from autoprune.core.layers import LayerSpec
+from autoprune.core.policy import Accuracy, Cost, macs_ratio, params_ratio
+from autoprune.core.progress import Progress
+from autoprune.core.rundir import RunDir, atomic_path
+from autoprune.envs.database import LayerDatabase
+from autoprune.envs.network import layer_of
+from autoprune.kernels.convert import DeployedModel
+from autoprune.search.config import TOLERANCE
+from autoprune.search.deploy import Deployer
+from autoprune.search.setup import pruned_model
+from autoprune.tasks.data import Split
+from autoprune.tasks.metrics import accuracy
+from autoprune.tasks.models import load_weights
+from autoprune.tasks.task import Task
+from autoprune.trainers.finetune import FinetuneRecipe, finetune, finetune_steps
+
+EVALUATION_BATCH = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One policy on its way to the closing table.
+
+    Attributes:
+        name: Row name, also part of a file name: ``chosen``'s rivals, baselines, dense.
+        proposer: Searcher it came from.
+        choices: Layer → choice.
+        accuracy: As far as known.
+        predicted, measured: Costs; ``measured`` once deployed.
+    """
+
+    name: str
+    proposer: str
+    choices: Mapping[str, Choice]
+    predicted: Cost
+    measured: Cost | None = None
+    accuracy: Accuracy = field(default_factory=Accuracy)
+
+    @property
+    def finalist(self) -> bool:
+        """Whether the agent that was asked for proposed it, rather than a baseline."""
+        return self.name.startswith("finalist")
+
+    @property
+    def pruned(self) -> bool:
+        """Whether any layer is not dense."""
+        return any(not isinstance(choice, Dense) for choice in self.choices.values())
+
+
+def predicted_cost(layers: tuple[LayerSpec, ...], choices: Mapping[str, Choice], deployer: Deployer) -> Cost:
+    """Return a policy's cost as the table predicts it."""
+    latency = deployer.table.network_us(layers, choices)
+    dense = deployer.references.best_us
+    return Cost(
+        latency_us=latency,
+        dense_latency_us=dense,
+        latency_ratio=latency / dense,
+        macs_ratio=macs_ratio(layers, choices),
+        params_ratio=params_ratio(layers, choices),
+    )
+
+
+def true_ratios(layers: tuple[LayerSpec, ...], model: nn.Module) -> tuple[float, float]:
+    """Return MACs and weights that are not zero, over all of them, conv and linear layers."""
+    kept = {
+        layer.name: int(torch.count_nonzero(layer_of(model, layer.name).weight)) for layer in layers
+    }
+    macs = sum(kept[layer.name] / layer.weights * layer.macs for layer in layers) / sum(layer.macs for layer in layers)
+    return macs, sum(kept.values()) / sum(layer.weights for layer in layers)
+
+
+def meets(budget: Budget, measured: Cost) -> bool:
+    """Return whether a measured cost keeps the budget, latency within ``TOLERANCE``; size is exact by construction."""
+    for limit in budget.limits:
+        if limit.kind == "latency":
+            value = measured.latency_ratio if limit.relative else measured.latency_us
+            if value is None or value > limit.value * (1.0 + TOLERANCE):
+                return False
+        elif limit.relative and limit.kind in ("macs", "params"):
+            value = measured.macs_ratio if limit.kind == "macs" else measured.params_ratio
+            if value > limit.value + 1e-3:  # nominal counts are rounded to whole weights
+                return False
+    return True
+
+
+class Finals:
+    """Deploys, times and fine-tunes candidates of one search."""
+
+    def __init__(
+        self,
+        task: Task,
+        layers: tuple[LayerSpec, ...],
+        database: LayerDatabase,
+        deployer: Deployer,
+        run: RunDir,
+        progress: Progress,
+        seed: int,
+    ) -> None:
+        self.task = task
+        self.layers = layers
+        self.database = database
+        self.deployer = deployer
+        self.recipe = FinetuneRecipe()
+        self._run = run
+        self._progress = progress
+        self._seed = seed
+        self._validation = task.data.normalize(task.data.validation.images)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one candidate's fine-tune."""
+        return finetune_steps(len(self.task.data.train), self.recipe)
+
+    def time(self, candidates: list[Candidate], models: Mapping[str, nn.Module]) -> list[Candidate]:
+        """Return the candidates with their measured cost, all timed in one interleaved run."""
+        networks: dict[str, DeployedModel] = {}
+        for candidate in candidates:
+            networks[candidate.name] = self.deployer.deploy(models[candidate.name], candidate.choices)
+            self._progress.advance()
+        medians, dense_us = self.deployer.compare_us(networks)
+        timed = []
+        for candidate in candidates:
+            macs, params = true_ratios(self.layers, models[candidate.name])
+            cost = Cost(
+                latency_us=medians[candidate.name],
+                dense_latency_us=dense_us,
+                latency_ratio=medians[candidate.name] / dense_us,
+                macs_ratio=macs,
+                params_ratio=params,
+            )
+            timed.append(replace(candidate, measured=cost))
+        return timed
+
+    def pruned(self, candidate: Candidate) -> nn.Module:
+        """Return the candidate's network before any training."""
+        return pruned_model(self.task, self.database, candidate.choices)
+
+    def tune(self, candidate: Candidate, model: nn.Module) -> tuple[Candidate, nn.Module]:
+        """Fine-tune a candidate's network, or load what an earlier session made of it; returns both with accuracies."""
+        validation = self.task.data.validation
+        before = after = self.score(model, candidate, validation, self._validation)
+        tuned = copy.deepcopy(model)
+        if candidate.pruned:
+            self._finetune(candidate, tuned)
+            after = self.score(tuned, candidate, validation, self._validation)
+        return replace(candidate, accuracy=Accuracy(pruned=before, tuned=after)), tuned
+
+    def _finetune(self, candidate: Candidate, model: nn.Module) -> None:
+        path = self._run.tuned(candidate.name)
+        if path.exists():
+            load_weights(model, path)
+            self._progress.advance(self.steps)
+            return
+        masks = {
+            name: layer_of(model, name).weight != 0
+            for name, choice in candidate.choices.items()
+            if not isinstance(choice, Dense)
+        }
+        data = self.task.data
+        finetune(model, self.task.model, masks, data, self.recipe, seed=self._seed, on_step=self._progress.advance)
+        save_weights(model, path)
+
+    def score(self, model: nn.Module, candidate: Candidate, split: Split, images: Tensor) -> float:
+        """Return the accuracy of the deployed form of ``model``."""
+        deployed = self.deployer.deploy(model, candidate.choices)
+        return accuracy(deployed, images, split.labels, EVALUATION_BATCH)
+
+    def test(self, model: nn.Module, candidate: Candidate) -> float:
+        """Return the accuracy on test data."""
+        split = self.task.data.test
+        return self.score(model, candidate, split, self.task.data.normalize(split.images))
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's state dict as safetensors, atomically."""
+    state: dict[str, Tensor] = {key: value.contiguous() for key, value in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(state, temporary)

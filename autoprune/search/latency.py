@@ -1,0 +1,133 @@
+"""The latency side of a search: dense references, table and calibration, measured once per machine and model.
+
+What was measured is kept for the next search of the same model in the same context, so that the same seed finds the
+same policy there; the closing verification times the deployed network anew every time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autoprune.core.choices import Choice
+from autoprune.core.layers import LayerSpec
+from autoprune.core.progress import Progress
+from autoprune.core.rundir import Cache, RunDir, write_text
+from autoprune.lut.build import build_table
+from autoprune.lut.calibrate import calibrate
+from autoprune.lut.deploy import deployer
+from autoprune.lut.table import Context, LatencyTable, current_context
+from autoprune.search.config import SearchConfig
+from autoprune.search.deploy import Deployer, References, measure_references, reopen_references
+from autoprune.search_spaces.space import SearchSpace
+from autoprune.tasks.task import Task
+
+CALIBRATION_NETWORKS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What latency is measured of, and where it is kept."""
+
+    task: Task
+    layers: tuple[LayerSpec, ...]
+    space: SearchSpace
+    run: RunDir
+    cache: Cache
+
+
+def open_latency(subject: Subject, config: SearchConfig, progress: Progress) -> Deployer:
+    """Return the means to predict and measure latency: kept from an earlier session, given, or measured now.
+
+    Raises:
+        TableMismatch: A given table is of another context.
+        MissingLatency: A given table lacks rows of this space.
+    """
+    context = current_context(config.batch, config.threads)
+    example = _example(subject.task, config.batch)
+    options = {layer: subject.space.choices[layer.name] for layer in subject.layers}
+    given = LatencyTable.load(config.table, context) if config.table else None
+    if given is not None:
+        given.require(options)
+    key = _key(context, subject)
+    progress.stage("dense references", None)
+    references = _references(subject, config, example, key, progress)
+    if subject.run.table.exists():
+        table = LatencyTable.load(subject.run.table, context)
+    else:
+        table = given or _build(subject.cache.table(key), context, options, config.fresh, progress)
+        if table.calibration is None:
+            table = _calibrated(table, subject, config, example, progress)
+            if given is None:
+                table.save(subject.cache.table(key))
+        table.save(subject.run.table)
+    return Deployer(example, table, references, config.threads)
+
+
+def _example(task: Task, batch: int) -> Tensor:
+    """Return a batch of real images; a batch larger than the validation split repeats them."""
+    images = task.data.validation.images
+    return task.data.normalize(images[torch.arange(batch) % len(images)]).contiguous()
+
+
+def _references(
+    subject: Subject, config: SearchConfig, example: Tensor, key: str, progress: Progress
+) -> References:
+    """Return the dense references; the figures are kept, the fastest form is built again."""
+    kept = subject.cache.references(key)
+    if not subject.run.references.exists() and kept.exists() and not config.fresh:
+        write_text(subject.run.references, kept.read_text(encoding="utf-8"))
+    if subject.run.references.exists():
+        stored = subject.run.read_json(subject.run.references)
+        return reopen_references(subject.task.model, example, config.threads, stored)
+    references = measure_references(subject.task.model, example, config.threads, progress.note)
+    text = json.dumps({"medians_us": references.medians_us, "absent": references.absent}, indent=1) + "\n"
+    write_text(kept, text)
+    write_text(subject.run.references, text)
+    return references
+
+
+def _build(
+    kept: Path, context: Context, options: dict[LayerSpec, tuple[Choice, ...]], fresh: bool, progress: Progress
+) -> LatencyTable:
+    table = LatencyTable.load(kept, context) if kept.exists() and not fresh else LatencyTable(context)
+    pairs = {(layer.signature, choice.text) for layer, choices in options.items() for choice in choices}
+    if pairs <= set(table.rows):
+        return table
+    progress.stage("latency table", len(pairs))
+    counted = 0
+
+    def told(done: int, total: int) -> None:
+        nonlocal counted
+        progress.advance(done - counted)
+        counted = done
+
+    return build_table(
+        options, context, rows=table.rows, progress=told, checkpoint=lambda part: part.save(kept)
+    )
+
+
+def _calibrated(
+    table: LatencyTable, subject: Subject, config: SearchConfig, example: Tensor, progress: Progress
+) -> LatencyTable:
+    progress.stage("calibration", CALIBRATION_NETWORKS)
+    deploy = deployer(subject.task.model, example, config.threads)
+
+    def counted(choices: dict[str, Choice]) -> object:
+        progress.advance()
+        return deploy(choices)
+
+    searched = {layer.name: subject.space.choices[layer.name] for layer in subject.space.searched}
+    return calibrate(
+        table, subject.layers, counted, searched, config.seed, CALIBRATION_NETWORKS  # type: ignore[arg-type]
+    )
+
+
+def _key(context: Context, subject: Subject) -> str:
+    text = context.model_dump_json() + subject.task.model_name + subject.space.fingerprint
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

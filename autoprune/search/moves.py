@@ -1,0 +1,91 @@
+"""Moves of one layer at a time between feasible policies: bring down to the budget, use what is left of it.
+
+Shapes: L layers, C choices of the largest layer (padded), D constraints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from autoprune.envs.problem import Assignment, FloatArray, IntArray, Problem
+
+
+class Moves:
+    """Repair and fill under one table of errors.
+
+    Args:
+        problem: Gives costs and limits.
+        error_LC: Additive errors by which moves are weighed; the problem's single-layer errors by default.
+    """
+
+    def __init__(self, problem: Problem, error_LC: Sequence[npt.NDArray[np.float64]] | None = None) -> None:
+        self.problem = problem
+        errors = problem.errors_LC if error_LC is None else error_LC
+        layers, most = len(problem.sizes), max(problem.sizes)
+        self._cost_LCD = np.full((layers, most, len(problem.limits_D)), np.inf)
+        self._error_LC = np.full((layers, most), np.inf)
+        for layer, (costs_CD, error_C) in enumerate(zip(problem.costs_LCD, errors, strict=True)):
+            self._cost_LCD[layer, : len(costs_CD)] = costs_CD
+            self._error_LC[layer, : len(error_C)] = np.where(np.isfinite(error_C), error_C, 1e9)
+        self._rows = np.arange(layers)
+        self._scale_D = np.maximum(problem.limits_D, 1e-12)
+
+    def repair(self, assignment: Assignment) -> Assignment:
+        """Return a feasible assignment: while over budget, the move that costs least error per excess it removes."""
+        current = np.array(assignment, dtype=np.int64)
+        while not self.problem.feasible(current.tolist()):
+            totals_LCD, error_LC = self._after_moves(current)
+            excess = np.maximum(totals_LCD - self.problem.limits_D, 0.0) / self._scale_D
+            excess_LC = excess.sum(axis=2)
+            gain_LC = excess_LC[0, current[0]] - excess_LC
+            useful_LC = gain_LC > 1e-12
+            if not useful_LC.any():
+                return self.problem.decode_down(tuple(current.tolist()))
+            price_LC = np.where(useful_LC, error_LC / np.where(useful_LC, gain_LC, 1.0), np.inf)
+            # A move that removes excess and error at once is best by what it removes, not by their ratio.
+            price_LC = np.where(useful_LC & (error_LC <= 0.0), -1e12 * gain_LC, price_LC)
+            self._take(current, price_LC)
+        return tuple(current.tolist())
+
+    def fill(self, assignment: Assignment) -> Assignment:
+        """Return a feasible assignment no worse under the table: while a move fits and lowers the error, the best."""
+        current = np.array(assignment, dtype=np.int64)
+        while True:
+            totals_LCD, error_LC = self._after_moves(current)
+            fits_LC = (totals_LCD <= self.problem.limits_D).all(axis=2)
+            useful_LC = fits_LC & (error_LC < -1e-12)
+            if not useful_LC.any():
+                return tuple(current.tolist())
+            used_D = self.problem.costs(current.tolist())
+            growth_LC = np.maximum((totals_LCD - used_D) / self._scale_D, 1e-9).max(axis=2)
+            self._take(current, np.where(useful_LC, error_LC, np.inf) / np.where(useful_LC, growth_LC, 1.0))
+
+    def _after_moves(self, current: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Return total costs (L, C, D) and change of error (L, C) after each single-layer move."""
+        used_D = self.problem.costs(current.tolist())
+        here_LD = self._cost_LCD[self._rows, current]
+        totals_LCD = used_D + (self._cost_LCD - here_LD[:, None, :])
+        error_LC = self._error_LC - self._error_LC[self._rows, current][:, None]
+        return totals_LCD, error_LC
+
+    @staticmethod
+    def _take(current: IntArray, price_LC: FloatArray) -> None:
+        layer, choice = np.unravel_index(int(price_LC.argmin()), price_LC.shape)
+        current[layer] = choice
+
+
+def useful_choices(problem: Problem) -> list[IntArray]:
+    """Return per layer the choices that no other undercuts in error and every cost at once, by rising first cost."""
+    kept: list[IntArray] = []
+    for error_C, costs_CD in zip(problem.errors_LC, problem.costs_LCD, strict=True):
+        points = np.concatenate([costs_CD, np.where(np.isfinite(error_C), error_C, 1e9)[:, None]], axis=1)
+        not_above_CC = (points[:, None, :] <= points[None, :, :]).all(axis=2)
+        below_CC = (points[:, None, :] < points[None, :, :]).any(axis=2) & not_above_CC
+        # Of exact twins only the first stays.
+        twin_CC = np.triu((points[:, None, :] == points[None, :, :]).all(axis=2), k=1)
+        keep = np.flatnonzero(~(below_CC | twin_CC).any(axis=0))
+        kept.append(keep[np.argsort(costs_CD[keep, 0], kind="stable")])
+    return kept

@@ -1,0 +1,310 @@
+"""The main job: from a budget to a policy that was deployed, timed and fine-tuned."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from autoprune.core.budget import Budget, parse_budget
+from autoprune.core.choices import Choice
+from autoprune.core.errors import DeviceError
+from autoprune.core.layers import LayerSpec
+from autoprune.core.policy import Policy, PolicyFile, model_fingerprint
+from autoprune.core.progress import Progress, Silent
+from autoprune.core.result import Result
+from autoprune.core.rundir import Cache, RunDir
+from autoprune.kernels.convert import DeployedModel
+from autoprune.lut.calibrate import refit
+from autoprune.lut.table import Point
+from autoprune.search.base import SEARCHERS
+from autoprune.search.closing import fidelity_points, latency_limit_us, layer_rows, rows_of, trial_rows
+from autoprune.search.config import BASELINE_EVALUATIONS, DEFAULT_EVALUATIONS, FINALISTS, SearchConfig
+from autoprune.search.deploy import Deployer
+from autoprune.search.finals import Candidate, Finals, meets, predicted_cost, save_weights
+from autoprune.search.latency import Subject, open_latency
+from autoprune.search.setup import Scored, make_problem, score_choices, worthwhile
+from autoprune.search.study import Study
+from autoprune.search_spaces.space import SearchSpace, load_space
+from autoprune.search_spaces.trace import trace
+from autoprune.tasks.task import Task, load_task
+
+BASELINES = ("knapsack", "uniform", "random")
+ATTEMPTS = 4
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds spent in each stage of this session."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count what runs inside under ``name``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+@dataclass(slots=True)
+class Context:
+    """What every stage of one search works with; ``deployer`` and its table change when a calibration is refitted."""
+
+    config: SearchConfig
+    budget: Budget
+    run: RunDir
+    cache: Cache
+    task: Task
+    layers: tuple[LayerSpec, ...]
+    space: SearchSpace
+    progress: Progress
+    clock: Clock
+
+
+def run_search(config: SearchConfig, progress: Progress) -> Result:
+    """Search as configured; a finished run's result is returned as it stands, an unfinished one goes on.
+
+    Raises:
+        AutopruneError: Anything a user can mend; see the subclasses.
+    """
+    budget = parse_budget(config.budget)
+    SEARCHERS.get(config.agent)
+    _check_device(config.device)
+    task = load_task(config.model, config.data, data_dir=config.data_dir)
+    return _search(config, budget, task, progress)
+
+
+def search(
+    model: nn.Module, task: Task | None = None, *, budget: str, progress: Progress | None = None, **settings: object
+) -> Result:
+    """Search a policy for a trained network from Python.
+
+    Args:
+        model: Trained dense network; not modified.
+        task: Its data; None for the embedded default's data.
+        budget: As on the command line.
+        progress: Told of the stages.
+        settings: Further fields of ``SearchConfig``.
+    """
+    config = replace(SearchConfig(budget=budget), **settings)  # type: ignore[arg-type]
+    base = task or load_task(config.model, config.data, data_dir=config.data_dir)
+    model_name = config.model if task is None else task.model_name
+    own = replace(base, model=model.eval(), model_name=model_name)
+    parsed = parse_budget(budget)
+    SEARCHERS.get(config.agent)
+    _check_device(config.device)
+    return _search(replace(config, model=model_name), parsed, own, progress or Silent())
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda: PyTorch finds no NVIDIA GPU on this machine; use --device cpu.")
+    if device != "cpu":
+        raise DeviceError(f"--device {device!r}: sparse kernels exist for 'cpu'.")
+
+
+def _search(config: SearchConfig, budget: Budget, task: Task, progress: Progress) -> Result:
+    layers = trace(task.model, task.example)
+    space = load_space(config.space, layers)
+    run = RunDir.open(config.runs_dir, config.name, config.resolved(), fresh=config.fresh)
+    if run.result.exists():
+        progress.note(f"{run.path} is finished; showing its result (--fresh starts over)")
+        return Result.load(run.result)
+    context = Context(config, budget, run, Cache(config.runs_dir), task, layers, space, progress, Clock())
+    threads = torch.get_num_threads()
+    try:
+        result = _stages(context)
+    finally:
+        torch.set_num_threads(threads)
+        progress.finish()
+    return result
+
+
+def _stages(context: Context) -> Result:
+    config, clock = context.config, context.clock
+    with clock.stage("table"):
+        subject = Subject(context.task, context.layers, context.space, context.run, context.cache)
+        deployer = open_latency(subject, config, context.progress)
+    with clock.stage("layer database"):
+        options = worthwhile(context.space, deployer.table)
+        scored = score_choices(context.task, options, context.cache, context.progress)
+    finals, candidates, study = _choose(context, deployer, scored)
+    with clock.stage("fine-tune"):
+        result, policy, weights = _finish(context, finals, candidates, study)
+    save_weights(weights, context.run.weights)
+    policy.save(context.run.policy)
+    result.save(context.run.result)
+    for candidate in candidates:
+        context.run.tuned(candidate.name).unlink(missing_ok=True)
+    return result
+
+
+def _choose(context: Context, deployer: Deployer, scored: Scored) -> tuple[Finals, list[Candidate], Study]:
+    """Search until a finalist keeps its budget as measured, refitting the calibration after each miss."""
+    config = context.config
+    for attempt in range(ATTEMPTS):
+        problem = make_problem(
+            context.layers, scored, deployer.table, context.budget, deployer.references.best_us
+        )
+        study = Study(problem, context.run.study)
+        with context.clock.stage("search"):
+            finalists = _propose(context, study)
+        finals = Finals(
+            context.task, context.layers, scored.database, deployer, context.run, context.progress, config.seed
+        )
+        candidates = [
+            Candidate(name, proposer, choices, predicted_cost(context.layers, choices, deployer))
+            for name, proposer, choices in finalists
+        ]
+        with context.clock.stage("verification"):
+            context.progress.stage("verification", len(candidates))
+            candidates = finals.time(candidates, {c.name: finals.pruned(c) for c in candidates})
+        own = [candidate for candidate in candidates if candidate.finalist]
+        if any(meets(context.budget, c.measured) for c in own if c.measured) or attempt == ATTEMPTS - 1:
+            return finals, candidates, study
+        deployer = _refitted(context, deployer, candidates)
+        context.progress.note("measured latency above the budget: calibration refitted, searching on")
+    raise AssertionError("the last attempt returns")
+
+
+def _refitted(context: Context, deployer: Deployer, candidates: list[Candidate]) -> Deployer:
+    """Return the deployer with what was just measured in its calibration, which is stored."""
+    dense_us = deployer.references.best_us
+    points = [
+        # The budget bounds a ratio: express it in microseconds of the run in which the references were measured.
+        Point(
+            rows_us=deployer.table.rows_us(context.layers, candidate.choices),
+            measured_us=candidate.measured.latency_ratio * dense_us,
+        )
+        for candidate in candidates
+        if candidate.measured and candidate.measured.latency_ratio
+    ]
+    table = refit(deployer.table, points, latency_limit_us(context.budget, dense_us))
+    table.save(context.run.table)
+    return replace(deployer, table=table)
+
+
+def _propose(context: Context, study: Study) -> list[tuple[str, str, dict[str, Choice]]]:
+    """Return (row name, proposer, choices) of the agent's best policies and of each baseline's best."""
+    config, problem = context.config, study.problem
+    evaluations = config.evaluations or DEFAULT_EVALUATIONS
+    plan = [(config.agent, evaluations)]
+    plan += [(name, min(evaluations, BASELINE_EVALUATIONS)) for name in BASELINES if name != config.agent]
+    context.progress.stage("search", sum(count for _, count in plan))
+    for name, count in plan:
+        done = 0
+
+        def told(now: int, total: int) -> None:
+            nonlocal done
+            context.progress.advance(now - done)
+            done = now
+
+        SEARCHERS.get(name)().search(problem, study, count, config.seed, told)
+        context.progress.advance(count - done)
+    best = study.best(FINALISTS, config.agent)
+    rows = [(f"finalist-{rank}", config.agent, problem.named(t.assignment)) for rank, t in enumerate(best, 1)]
+    for name, _ in plan[1:]:
+        rows += [(name, name, problem.named(t.assignment)) for t in study.best(1, name)]
+    return rows
+
+
+def _finish(
+    context: Context, finals: Finals, candidates: list[Candidate], study: Study
+) -> tuple[Result, Policy, nn.Module]:
+    """Fine-tune every candidate, choose the finalist with the best validation accuracy, and say everything about it."""
+    context.progress.stage("fine-tune", len(candidates) * finals.steps)
+    tuned = [finals.tune(candidate, finals.pruned(candidate)) for candidate in candidates]
+    dense = Candidate("dense", "dense", {}, predicted_cost(context.layers, {}, finals.deployer))
+    models = {"dense": context.task.model, **{candidate.name: model for candidate, model in tuned}}
+    rows = [finals.tune(dense, context.task.model)[0], *(candidate for candidate, _ in tuned)]
+    rows = finals.time(rows, models)
+    own = [row for row in rows if row.finalist]
+    met = [row for row in own if row.measured and meets(context.budget, row.measured)]
+    chosen = max(met or own, key=lambda row: (row.accuracy.tuned or 0.0, row.accuracy.pruned or 0.0))
+    model = models[chosen.name]
+    chosen = replace(
+        chosen,
+        name="chosen",
+        accuracy=chosen.accuracy.model_copy(
+            update={
+                "dense": rows[0].accuracy.pruned,
+                "test": finals.test(model, chosen),
+                "dense_test": finals.test(context.task.model, dense),
+            }
+        ),
+    )
+    rows = [rows[0], chosen, *(row for row in rows[1:] if not row.finalist)]
+    network = finals.deployer.deploy(model, chosen.choices)
+    result = _result(context, finals, rows, network, study, met=bool(met))
+    return result, _policy(context, finals, chosen, study), model
+
+
+def _result(
+    context: Context, finals: Finals, rows: list[Candidate], network: DeployedModel, study: Study, *, met: bool
+) -> Result:
+    config, deployer = context.config, finals.deployer
+    table, references = deployer.table, deployer.references
+    fit = table.calibration
+    assert fit is not None
+    chosen = rows[1]
+    feasible = [None, *(row.measured is not None and meets(context.budget, row.measured) for row in rows[1:])]
+    assignment = next(t for t in study.trials if study.problem.named(t.assignment) == dict(chosen.choices))
+    facts = {key: value for key, value in table.context.model_dump().items() if isinstance(value, str | int | float)}
+    return Result(
+        model=context.task.model_name,
+        data=context.task.name,
+        budget=context.budget.text,
+        agent=config.agent,
+        seed=config.seed,
+        met=met,
+        rows=rows_of(rows, feasible),
+        layers=layer_rows(context.layers, chosen, network, table, config.threads),
+        references=references.medians_us,
+        absent_references=references.absent,
+        trials=trial_rows(study, context.layers, table),
+        fidelity=fidelity_points(table),
+        fidelity_mape=fit.mape,
+        fidelity_kendall_tau=fit.kendall_tau,
+        seconds=context.clock.seconds,
+        context={**facts, **_versions()},
+        latency_limit_us=latency_limit_us(context.budget, references.best_us),
+        chosen_trial=assignment.number,
+        run=config.name,
+        reason="" if met else "no finalist kept the budget as measured; the nearest one is shown",
+    )
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "numba", "onnxruntime", "optuna", "stable-baselines3")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _policy(context: Context, finals: Finals, chosen: Candidate, study: Study) -> Policy:
+    table = finals.deployer.table
+    facts = table.context.model_dump()
+    record = PolicyFile(
+        model=context.task.model_name,
+        model_fingerprint=model_fingerprint(context.layers),
+        space=context.space.fingerprint,
+        table=table.hash,
+        budget=context.budget.text,
+        choices={name: choice.text for name, choice in chosen.choices.items()},
+        predicted=chosen.predicted,
+        measured=chosen.measured,
+        accuracy=chosen.accuracy,
+        context={key: value for key, value in facts.items() if isinstance(value, str | int | float)},
+        seed=context.config.seed,
+        versions=_versions(),
+        trials=len(study.trials),
+        seconds=sum(context.clock.seconds.values()),
+    )
+    return Policy(dict(chosen.choices), record)

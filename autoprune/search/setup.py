@@ -1,0 +1,177 @@
+"""From a configuration to a search problem: model, space, table, dense references, layer database."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from autoprune.core.budget import Budget, Limit
+from autoprune.core.choices import Choice, Dense
+from autoprune.core.errors import InfeasibleBudget
+from autoprune.core.layers import LayerSpec
+from autoprune.core.progress import Progress
+from autoprune.core.rundir import Cache
+from autoprune.envs.database import LayerDatabase, build_database
+from autoprune.envs.evaluator import Evaluator
+from autoprune.envs.network import StitchedNetwork
+from autoprune.envs.problem import Constraint, Problem, Quality
+from autoprune.lut.table import LatencyTable
+from autoprune.search_spaces.space import SearchSpace
+from autoprune.tasks.task import Task
+
+CALIBRATION_IMAGES = 500
+MOMENT_IMAGES = 1_000
+EVALUATION_IMAGES = 1_000
+SINGLE_LAYER_IMAGES = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The quality side of a problem.
+
+    Attributes:
+        options: Choices of each searched layer that are worth considering, dense first.
+        database: Compensated weights of all of them.
+        evaluator: Scores policies.
+        errors: Per layer an array: the network's error with only that layer changed.
+    """
+
+    options: dict[LayerSpec, tuple[Choice, ...]]
+    database: LayerDatabase
+    evaluator: Evaluator
+    errors: tuple[np.ndarray, ...]
+
+
+def worthwhile(space: SearchSpace, table: LatencyTable) -> dict[LayerSpec, tuple[Choice, ...]]:
+    """Return the searched layers' choices without those whose kernel is not faster than dense on this machine."""
+    options = {}
+    for layer in space.searched:
+        dense_us = table.layer_us(layer, Dense())
+        kept = [c for c in space.choices[layer.name] if isinstance(c, Dense) or table.layer_us(layer, c) < dense_us]
+        options[layer] = tuple(kept)
+    return options
+
+
+def score_choices(
+    task: Task, options: dict[LayerSpec, tuple[Choice, ...]], cache: Cache, progress: Progress
+) -> Scored:
+    """Return the database and single-layer errors of ``options``, from the cache where an earlier run made them."""
+    data = task.data
+    key = _key(task, options)
+    path = cache.database(key)
+    progress.stage("layer database", 2 * len(options))
+    if path.exists():
+        database = LayerDatabase.load(path)
+        progress.advance(len(options))
+    else:
+        images = data.normalize(data.train.images[:MOMENT_IMAGES])
+        database = build_database(task.model, options, images, progress.advance)
+        database.save(path)
+    network = StitchedNetwork(task.model, data.normalize(data.train.images[:CALIBRATION_IMAGES]))
+    scored = data.validation.take(EVALUATION_IMAGES)
+    evaluator = Evaluator(network, database, data.normalize(scored.images), scored.labels)
+    stored = cache.read_errors(key)
+    if stored is None:
+        errors = evaluator.single_errors(options, SINGLE_LAYER_IMAGES, progress.advance)
+        cache.write_errors(key, [row.tolist() for row in errors])
+    else:
+        errors = tuple(np.array(row) for row in stored)
+    return Scored(options, database, evaluator, errors)
+
+
+def make_problem(
+    layers: tuple[LayerSpec, ...], scored: Scored, table: LatencyTable, budget: Budget, dense_us: float
+) -> Problem:
+    """Return the search problem of a budget.
+
+    Args:
+        layers: All layers of the model.
+        scored: Quality side.
+        table: Calibrated latency table.
+        budget: What is asked for.
+        dense_us: Latency of the fastest dense execution.
+    Raises:
+        InfeasibleBudget: No policy of the space meets it.
+    """
+    names = [layer.name for layer in scored.options]
+    constraints, describe = [], {}
+    for limit in budget.limits:
+        constraint, fixed = _constraint(limit, layers, scored.options, table, dense_us)
+        constraints.append(constraint)
+        describe[limit.kind] = _words(limit, fixed)
+        if constraint.limit < 0.0:
+            raise InfeasibleBudget(
+                f"{limit.text} is {describe[limit.kind](constraint.limit)}; the layers that are not searched alone "
+                f"take {describe[limit.kind](0.0)}; raise the budget or search more layers."
+            )
+
+    def evaluate(assignment: tuple[int, ...]) -> Quality:
+        chosen = zip(names, scored.options.values(), assignment, strict=True)
+        return scored.evaluator.quality({name: choices[index] for name, choices, index in chosen})
+
+    return Problem(
+        list(scored.options),
+        {layer.name: choices for layer, choices in scored.options.items()},
+        constraints,
+        scored.errors,
+        evaluate,
+        lambda kind, cost: describe[kind](cost),
+    )
+
+
+def _constraint(
+    limit: Limit,
+    layers: tuple[LayerSpec, ...],
+    options: Mapping[LayerSpec, tuple[Choice, ...]],
+    table: LatencyTable,
+    dense_us: float,
+) -> tuple[Constraint, float]:
+    """Return the constraint over the searched layers, and the cost of everything else."""
+    slope, intercept = table.calibration.slope, table.calibration.intercept_us
+    cost_of: dict[str, Callable[[LayerSpec, Choice], float]] = {
+        "latency": lambda layer, choice: slope * layer.calls * table.layer_us(layer, choice),
+        "macs": lambda layer, choice: layer.macs * choice.density(layer),
+        "params": lambda layer, choice: layer.weights * choice.density(layer),
+        "size": lambda layer, choice: float(table.row(layer, choice).weight_bytes),
+    }
+    cost = cost_of[limit.kind]
+    fixed = sum(cost(layer, Dense()) for layer in layers if layer not in options)
+    if limit.kind == "latency":
+        fixed += intercept
+        dense = dense_us
+    else:
+        dense = sum(cost(layer, Dense()) for layer in layers)
+    costs = tuple(np.array([cost(layer, choice) for choice in choices]) for layer, choices in options.items())
+    return Constraint(limit.kind, costs, limit.absolute(dense) - fixed), fixed
+
+
+def _words(limit: Limit, fixed: float) -> Callable[[float], str]:
+    unit = {"latency": "us", "macs": " MACs", "params": " weights", "size": " bytes"}[limit.kind]
+    return lambda cost: f"{cost + fixed:,.0f}{unit}"
+
+
+def _key(task: Task, options: Mapping[LayerSpec, tuple[Choice, ...]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in task.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    for layer, choices in options.items():
+        digest.update(f"{layer.name} {layer.signature} {[choice.text for choice in choices]}".encode())
+    digest.update(task.data.train.images[:MOMENT_IMAGES].numpy().tobytes())
+    digest.update(task.data.validation.images[:EVALUATION_IMAGES].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def pruned_model(task: Task, database: LayerDatabase, choices: Mapping[str, Choice]) -> nn.Module:
+    """Return a float32 copy of the dense model under a policy: compensated weights, recalibrated BatchNorm."""
+    data = task.data
+    network = StitchedNetwork(task.model, data.normalize(data.train.images[:CALIBRATION_IMAGES]))
+    network.load(database.policy_weights(choices))
+    network.recalibrate()
+    with torch.no_grad():
+        return network.model.eval()

@@ -1,0 +1,298 @@
+"""Pruning attached to anybody's training loop: ``attach`` once, train as before, ``finalize`` once.
+
+The session hooks into ``optimizer.step``. Before a step it lets the method read and extend the gradients and masks
+them; after it the method may move the masks, removed weights are set to zero, and so is the optimizer's state for them
+(momentum would revive them). It counts the steps the optimizer really takes: a step that a gradient scaler skips does
+not count, nor do the backward passes of gradient accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from autoprune.core.choices import Choice
+from autoprune.core.layers import LayerSpec
+from autoprune.core.policy import Policy
+from autoprune.search_spaces.trace import trace
+from autoprune.sparsity.metrics import SparsityReport, summarise, training_macs_saved
+from autoprune.trainers import campfire, clicktrain
+from autoprune.trainers.layers import choices_of, inner_module, pruned_layers
+from autoprune.trainers.method import METHODS, Clock, Method, State
+from autoprune.trainers.schedule import TrainerError
+
+__all__ = ["Phase", "Session", "SessionReport", "attach", "campfire", "clicktrain"]
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of training: its name, first epoch and optimizer steps."""
+
+    name: str
+    first_epoch: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionReport:
+    """What a training under a policy came to.
+
+    Attributes:
+        method: Name of the trainer.
+        steps: Optimizer steps taken.
+        finished: Whether the policy's final masks were reached; if not, the training was stopped too early.
+        phases: In order.
+        sparsity: Counts per layer and of the network, inference MACs saved included.
+        training_macs_saved: Fraction of a dense training's MACs that the masks made unnecessary; None when the layers'
+            feature-map sizes stayed unknown (the model never saw a tensor as its first argument).
+    """
+
+    method: str
+    steps: int
+    finished: bool
+    phases: tuple[Phase, ...]
+    sparsity: SparsityReport
+    training_macs_saved: float | None
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    policy: Policy | Mapping[str, Choice],
+    *,
+    steps_per_epoch: int,
+    epochs: int,
+    method: str = "clicktrain",
+    settings: object | None = None,
+    example: Tensor | None = None,
+) -> Session:
+    """Train ``model`` towards a policy in the loop that already exists.
+
+    Args:
+        model: Any module; a compiled or data-parallel one is looked through.
+        optimizer: Steps the model's parameters.
+        policy: A policy, or layer names → choices.
+        steps_per_epoch: Optimizer steps of one epoch (batches over accumulation steps).
+        epochs: Length of the training, by which the method's phases are laid out.
+        method: ``clicktrain`` or ``campfire``.
+        settings: The method's settings dataclass, a mapping of some of its fields, or None.
+        example: One input with batch dimension, by which the policy is checked at once; without it the first batch is
+            used, and a mismatch shows in the first step.
+    Returns:
+        The session; keep it, save its ``state_dict`` with the checkpoint, and call ``finalize`` at the end.
+    Raises:
+        UnknownName: No such method or setting.
+        PolicyError: The policy is for another model.
+        TrainerError: The settings do not fit the training's length.
+    """
+    return Session(model, optimizer, policy, METHODS.get(method), Clock(steps_per_epoch, epochs), settings, example)
+
+
+class Session:
+    """A training under a policy; made by ``attach``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        policy: Policy | Mapping[str, Choice],
+        method: type[Method],
+        clock: Clock,
+        settings: object | None,
+        example: Tensor | None,
+    ) -> None:
+        self.model = inner_module(model)
+        self.optimizer = optimizer
+        self.clock = clock
+        self.steps = 0
+        self._policy = policy
+        self._layers = pruned_layers(self.model, choices_of(policy))
+        self.method = method(self._layers, clock, settings)
+        self._specs: tuple[LayerSpec, ...] | None = None
+        self._example: Tensor | None = None
+        self._phases: list[Phase] = []
+        self._kept: dict[str, int] = {layer.name: layer.parameter.numel() for layer in self._layers}
+        self._kept_steps: dict[str, int] = dict.fromkeys(self._kept, 0)
+        self._reset_state = False
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+        if example is not None:
+            self._learn_shapes(example)
+        else:
+            # On the module that the user calls: a hook inside a compiled graph would break it.
+            self._handles.append(model.register_forward_pre_hook(self._see_input))
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next step."""
+        return self.steps // self.clock.steps_per_epoch
+
+    @property
+    def phase(self) -> str:
+        """Name of the phase that the next step belongs to."""
+        return self.method.phase(self.epoch)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Name → boolean mask of every layer that is masked by now."""
+        return {layer.name: layer.mask for layer in self._layers if layer.mask is not None}
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the policy's weights that the masks have removed by now."""
+        weights = sum(layer.parameter.numel() for layer in self._layers)
+        return 1.0 - sum(self._kept.values()) / weights if weights else 0.0
+
+    def finalize(self) -> SessionReport:
+        """Set removed weights to zero once more, take the hooks off, and return what the training came to."""
+        self._mask_weights()
+        self.detach()
+        weights = {
+            name: module.weight.detach()
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
+        }
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        saved = None
+        if self._specs is not None:
+            sizes = {layer.name: layer.parameter.numel() for layer in self._layers}
+            density_steps = {name: self._kept_steps[name] / size for name, size in sizes.items()}
+            saved = training_macs_saved(self._specs, density_steps, self.steps)
+        return SessionReport(
+            method=self.method.name,
+            steps=self.steps,
+            finished=self.method.finished(),
+            phases=tuple(self._phases),
+            sparsity=summarise(weights, choices_of(self._policy), parameters, self._specs),
+            training_macs_saved=saved,
+        )
+
+    def detach(self) -> None:
+        """Take the hooks off; weights stay as they are. May be called twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def state_dict(self) -> State:
+        """Return what a resumed session needs: tensors and plain values, fit for ``torch.load(weights_only=True)``."""
+        return {
+            "version": STATE_VERSION,
+            "method": self.method.name,
+            "steps_per_epoch": self.clock.steps_per_epoch,
+            "epochs": self.clock.epochs,
+            "steps": self.steps,
+            "masks": self.masks,
+            "kept_steps": dict(self._kept_steps),
+            "phases": [(phase.name, phase.first_epoch, phase.steps) for phase in self._phases],
+            "inner": self.method.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from ``state_dict``'s answer; weights and optimizer are restored by the caller, in any order.
+
+        Raises:
+            TrainerError: The state is of another method, length, policy or version.
+        """
+        want = {
+            "version": STATE_VERSION,
+            "method": self.method.name,
+            "steps_per_epoch": self.clock.steps_per_epoch,
+            "epochs": self.clock.epochs,
+        }
+        for key, value in want.items():
+            if state.get(key) != value:
+                raise TrainerError(f"session state has {key}={state.get(key)!r}, this session {value!r}; not its own.")
+        if set(state["kept_steps"]) != set(self._kept_steps):
+            raise TrainerError("session state is of another policy: it prunes other layers than this session.")
+        self.steps = int(state["steps"])
+        for layer in self._layers:
+            mask = state["masks"].get(layer.name)
+            layer.mask = layer.factor = None
+            if mask is not None:
+                layer.set_mask(mask.to(layer.parameter.device))
+        self._kept_steps = {name: int(value) for name, value in state["kept_steps"].items()}
+        self._phases = [Phase(str(name), int(first), int(steps)) for name, first, steps in state["phases"]]
+        self._count_kept()
+        self.method.load_state_dict(state["inner"])
+
+    def _see_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._example is None and self._specs is None and args and isinstance(args[0], Tensor):
+            self._example = args[0].detach()[:1].clone()
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._example is not None:
+            example, self._example = self._example, None
+            self._learn_shapes(example)
+        scale = getattr(optimizer, "grad_scale", None)
+        self.method.before_step(self.steps, 1.0 if scale is None else scale)
+        self._mask_gradients()
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        overflow = getattr(optimizer, "found_inf", None)
+        # A fused optimizer is called even when the gradient scaler found an overflow, and then does nothing.
+        if overflow is not None and bool(overflow):
+            return
+        self._count_step()
+        if self.method.after_step(self.steps):
+            self._count_kept()
+            self._reset_state = True
+        self._mask_weights()
+        if self._reset_state:
+            self._mask_optimizer()
+            self._reset_state = False
+        self.steps += 1
+
+    def _learn_shapes(self, example: Tensor) -> None:
+        parameter = next(self.model.parameters())
+        specs = trace(self.model, example.to(parameter.device))
+        if isinstance(self._policy, Policy):
+            self._policy.check_model(specs)
+        self._specs = specs
+
+    def _count_step(self) -> None:
+        for name, kept in self._kept.items():
+            self._kept_steps[name] += kept
+        name = self.phase
+        if self._phases and self._phases[-1].name == name:
+            last = self._phases[-1]
+            self._phases[-1] = Phase(name, last.first_epoch, last.steps + 1)
+        else:
+            self._phases.append(Phase(name, self.epoch, 1))
+
+    def _count_kept(self) -> None:
+        masked = [(layer.name, layer.mask) for layer in self._layers if layer.mask is not None]
+        if masked:
+            counts = torch.stack([mask.sum().cpu() for _, mask in masked]).tolist()
+            self._kept.update(zip((name for name, _ in masked), counts, strict=True))
+
+    @torch.no_grad()
+    def _mask_gradients(self) -> None:
+        pairs = [(layer.parameter.grad, layer.factor) for layer in self._layers if layer.factor is not None]
+        grads = [(grad, factor) for grad, factor in pairs if grad is not None]
+        if grads:
+            torch._foreach_mul_([grad for grad, _ in grads], [factor for _, factor in grads])
+
+    @torch.no_grad()
+    def _mask_weights(self) -> None:
+        masked = [layer for layer in self._layers if layer.factor is not None]
+        if masked:
+            factors = [layer.factor for layer in masked if layer.factor is not None]
+            torch._foreach_mul_([layer.parameter for layer in masked], factors)
+
+    @torch.no_grad()
+    def _mask_optimizer(self) -> None:
+        for layer in self._layers:
+            if layer.factor is None:
+                continue
+            for value in self.optimizer.state.get(layer.parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == layer.parameter.shape:
+                    value.mul_(layer.factor)

@@ -1,0 +1,345 @@
+"""A whole network as one table of instructions, run by one compiled function on preallocated buffers."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from autoprune.core.errors import ModelError
+from autoprune.core.layers import LayerSpec
+from autoprune.kernels.cpu.assemble import (
+    Conv,
+    Elementwise,
+    Epilogue,
+    Operation,
+    Pool,
+    Row,
+    Work,
+    assemble,
+    transfer,
+)
+from autoprune.kernels.cpu.memory import Buffer, Memory
+from autoprune.kernels.cpu.rows import ROW_FIELDS, Control, Field, Op, control_size
+from autoprune.kernels.cpu.shapes import LANES
+from autoprune.kernels.cpu.team import Team
+from autoprune.kernels.formats import aligned
+
+__all__ = ["Buffer", "Epilogue", "Program"]
+
+CHUNK_BYTES = 512 * 1024  # activations that pass all rows together should stay in a second-level cache
+
+
+class Program:
+    """Records operations on buffers, then runs them as often as asked without returning to Python in between.
+
+    Use: ``buffer``, ``conv``, ``add`` …, optionally ``set_input`` and ``set_output``, then ``finish``, then ``run`` or
+    ``time_us``. Float32 throughout. One run at a time; further callers wait.
+    """
+
+    def __init__(self, batch: int, threads: int = 1) -> None:
+        """Start an empty program.
+
+        Args:
+            batch: Images per run.
+            threads: Threads that share the work, the caller included.
+        Raises:
+            ModelError: Either number is below 1, or there are more than 62 threads.
+        """
+        if batch < 1 or not 1 <= threads <= 62:
+            raise ModelError(f"program: batch {batch}, threads {threads}: at least 1 each and at most 62 threads.")
+        self.batch, self.threads = batch, threads
+        self._buffers: list[Buffer] = []
+        self._operations: list[Operation] = []
+        self._input: Buffer | None = None
+        self._output: Buffer | None = None
+        self._memory: Memory | None = None
+        self._weight_bytes = self._workspace_bytes = 0
+        self._lock = threading.Lock()
+
+    def buffer(self, channels: int, height: int, width: int, halo: int = 0) -> Buffer:
+        """Return the handle of a new activation map with ``halo`` zero pixels around each image."""
+        self._check_open()
+        if min(channels, height, width) < 1 or halo < 0:
+            raise ModelError(f"buffer of {channels}×{height}×{width}, halo {halo}: sizes must be at least 1, halo 0.")
+        self._buffers.append(Buffer(len(self._buffers), self.batch, channels, height, width, halo))
+        return self._buffers[-1]
+
+    def set_input(self, buffer: Buffer) -> None:
+        """Name the buffer that ``run`` fills from its NCHW tensor."""
+        self._check_open()
+        self._input = buffer
+
+    def set_output(self, buffer: Buffer) -> None:
+        """Name the buffer that ``run`` returns."""
+        self._check_open()
+        self._output = buffer
+
+    def conv(
+        self,
+        x: Buffer,
+        out: Buffer,
+        layer: LayerSpec,
+        weight_KCRS: torch.Tensor,
+        bias_K: torch.Tensor | None,
+        kernel: Literal["dense", "block", "csr"],
+        epilogue: Epilogue = Epilogue(),  # noqa: B008
+        block: int = 16,
+    ) -> None:
+        """Add a convolution, or a linear layer as a 1×1 convolution on a 1×1 map.
+
+        Args:
+            x: Input; its halo is at least the layer's padding.
+            out: Output, another buffer than ``x``.
+            layer: Shape, stride, padding, dilation; one group.
+            weight_KCRS: (K, C, R, S), or (out, in) of a linear layer; already masked.
+            bias_K: (K) or None.
+            kernel: ``dense`` keeps all weights, ``block`` the blocks and ``csr`` the weights that are not 0.
+            epilogue: Residual and rectifier.
+            block: Filters per block, 16 or 32; only for ``block``.
+        Raises:
+            ModelError: Sizes do not fit together.
+        """
+        self._check_open()
+        weight = _floats(weight_KCRS)
+        weight = weight.reshape(*weight.shape, 1, 1) if weight.ndim == 2 else weight
+        bias = np.zeros(len(weight), np.float32) if bias_K is None else _floats(bias_K)
+        operation = Conv(x, out, layer, weight, bias, kernel, epilogue, block)
+        _check_conv(operation)
+        self._operations.append(operation)
+
+    def add(self, x: Buffer, y: Buffer, out: Buffer, relu: bool) -> None:
+        """Add ``out = x + y``, rectified if ``relu``; ``out`` may be one of the two."""
+        self._check_open()
+        _check_same("add", x, y, out)
+        self._operations.append(Elementwise(x, y, out, relu))
+
+    def relu(self, x: Buffer, out: Buffer) -> None:
+        """Add ``out = max(x, 0)``; ``out`` may be ``x``."""
+        self._check_open()
+        _check_same("relu", x, out)
+        self._operations.append(Elementwise(x, None, out, True))
+
+    def global_avg_pool(self, x: Buffer, out: Buffer) -> None:
+        """Add the mean over all pixels; ``out`` is a 1×1 map."""
+        self._pool(Pool(x, out, (x.height, x.width), 1, 0, True))
+
+    def max_pool(self, x: Buffer, out: Buffer, kernel: int, stride: int, padding: int) -> None:
+        """Add the maximum over ``kernel`` × ``kernel`` windows; padding never wins."""
+        self._pool(Pool(x, out, (kernel, kernel), stride, padding, False))
+
+    def avg_pool(self, x: Buffer, out: Buffer, kernel: int, stride: int, padding: int) -> None:
+        """Add the mean over ``kernel`` × ``kernel`` windows; padding counts as zeros."""
+        self._pool(Pool(x, out, (kernel, kernel), stride, padding, True))
+
+    def _pool(self, pool: Pool) -> None:
+        self._check_open()
+        size = tuple(
+            (length + 2 * pool.padding - window) // pool.stride + 1
+            for length, window in zip((pool.x.height, pool.x.width), pool.window, strict=True)
+        )
+        if (pool.out.channels, pool.out.height, pool.out.width) != (pool.x.channels, *size) or pool.x == pool.out:
+            raise ModelError(f"pool: {pool.x} → {pool.out}: the output must be another map of {pool.x.channels}×{size}.")
+        if 2 * pool.padding > min(pool.window):
+            raise ModelError(f"pool: padding {pool.padding} is more than half of the window {pool.window}.")
+        self._operations.append(pool)
+
+    def finish(self) -> None:
+        """Freeze the program: allocate buffers, pack weights, plan tiles, write the table."""
+        self._check_open()
+        exact = {self._input.index} if self._input is not None and self._may_be_exact(self._input) else set()
+        self._memory = memory = Memory(self._buffers, exact)
+        work, table = Work(), list[Row]()
+        self._spans: list[tuple[int, int]] = []
+        if self._input is not None:
+            table.append(transfer(self._input, memory, Op.INPUT))
+        for operation in self._operations:
+            rows, size = assemble(operation, memory, work)
+            self._spans.append((len(table), len(table) + len(rows)))
+            table += rows
+            self._weight_bytes += size
+        if self._output is not None:
+            table.append(transfer(self._output, memory, Op.OUTPUT))
+        chunk = self._chunk()
+        self._place_work(table, work, chunk)
+        self._write(table, chunk)
+        self._operations.clear()
+
+    def _may_be_exact(self, buffer: Buffer) -> bool:
+        """Whether nothing reads or writes ``buffer`` in vectors of 16 channels."""
+        if buffer == self._output:
+            return False
+        for operation in self._operations:
+            residual = operation.epilogue.residual if isinstance(operation, Conv) else None
+            if buffer in (operation.out, residual) or (operation.x == buffer and not isinstance(operation, Conv)):
+                return False
+            if isinstance(operation, Elementwise) and operation.y == buffer:
+                return False
+        return True
+
+    def _chunk(self) -> int:
+        assert self._memory is not None
+        per_image = max(1, self._memory.size_bytes // self.batch)
+        return max(1, min(self.batch, CHUNK_BYTES // per_image))
+
+    def _place_work(self, table: list[Row], work: Work, chunk: int) -> None:
+        """Allocate the workspace and write its addresses into the rows that use it."""
+        assert self._memory is not None
+        if work.image_bytes == 0:
+            return
+        lane_bytes = (chunk if self._by_image else self.batch) * work.image_bytes + 4096 + 64
+        planes = aligned((self.threads if self._by_image else 1, lane_bytes), np.uint8)
+        scratch = aligned((self.threads, work.scratch_bytes + 64), np.uint8)
+        self._workspace_bytes += planes.nbytes + scratch.nbytes
+        for row in table:
+            if row[Field.OP] in (Op.PLANAR, Op.CSR):
+                row[Field.WORK] = self._memory.keep(planes)
+                row[Field.WORK_THREAD] = lane_bytes
+                row[Field.SCRATCH] = self._memory.keep(scratch)
+                row[Field.SCRATCH_THREAD] = work.scratch_bytes + 64
+
+    @property
+    def _by_image(self) -> bool:
+        return self.batch >= 2 * self.threads
+
+    def _write(self, table: list[Row], chunk: int) -> None:
+        assert self._memory is not None
+        self._workspace_bytes += self._memory.size_bytes
+        fields = np.zeros((max(len(table), 1), ROW_FIELDS), np.int64)
+        for index, row in enumerate(table):
+            for field, value in row.items():
+                fields[index, field] = value
+        self._n_rows = len(table)
+        self._table = self._memory.keep(fields)
+        self._control_values = {
+            Control.TABLE: self._table,
+            Control.N_ROWS: self._n_rows,
+            Control.THREADS: self.threads,
+            Control.BATCH: self.batch,
+            Control.CHUNK: chunk if self._by_image else self.batch,
+            Control.BY_IMAGE: int(self._by_image),
+        }
+        shape = (self.batch, 0, 0, 0) if self._input is None else self._shape(self._input)
+        self._sample = torch.zeros(shape)
+        self._result = torch.zeros(self._shape(self._output)) if self._output is not None else torch.zeros(0)
+        self._team: Team | None = None
+
+    def _shape(self, buffer: Buffer) -> tuple[int, int, int, int]:
+        return (self.batch, buffer.channels, buffer.height, buffer.width)
+
+    def run(self, x_NCHW: torch.Tensor) -> torch.Tensor:
+        """Return the output for one batch.
+
+        Args:
+            x_NCHW: (N, C, H, W) float32 on the CPU, shaped as the input buffer.
+        Returns:
+            A new (N, C) tensor if the output is a 1×1 map, else (N, C, H, W).
+        Raises:
+            ModelError: Wrong shape, or the program has no input or output.
+        """
+        if self._input is None or self._output is None:
+            raise ModelError("program: run() needs set_input() and set_output() before finish().")
+        if x_NCHW.dtype != torch.float32 or tuple(x_NCHW.shape) != self._shape(self._input):
+            want = "×".join(map(str, self._shape(self._input)))
+            raise ModelError(f"program: input is {tuple(x_NCHW.shape)} {x_NCHW.dtype}; it takes float32 of {want}.")
+        x = x_NCHW.contiguous()
+        result = torch.empty(self._shape(self._output))
+        self._do(1, x.data_ptr(), result.data_ptr(), None, False)
+        return result.flatten(1) if self._output.height * self._output.width == 1 else result
+
+    def time_us(self, repeats: int) -> npt.NDArray[np.float64]:
+        """Return the wall time of each of ``repeats`` whole runs in µs, on the buffers as they are."""
+        times = np.zeros(repeats, np.int64)
+        self._do(repeats, self._sample.data_ptr(), self._result.data_ptr(), times, False)
+        return times / 1e3
+
+    def profile_us(self, repeats: int) -> list[npt.NDArray[np.float64]]:
+        """Return, for every operation in the order added, its time in µs inside each of ``repeats`` whole runs.
+
+        With several threads these are the times of the calling thread, waiting for the others included.
+        """
+        times = np.zeros((repeats, max(self._n_rows, 1)), np.int64)
+        self._do(repeats, self._sample.data_ptr(), self._result.data_ptr(), times, True)
+        return [times[:, first:last].sum(axis=1) / 1e3 for first, last in self._spans]
+
+    def _do(self, repeats: int, source: int, target: int, times: npt.NDArray[np.int64] | None, by_row: bool) -> None:
+        with self._lock:
+            team = self._team
+            if team is None or team.process != os.getpid():
+                team = self._recruit()
+            control = self._control
+            control[Control.SOURCE] = source
+            control[Control.TARGET] = target
+            control[Control.REPEATS] = repeats
+            control[Control.TIMES] = 0 if times is None else times.ctypes.data
+            control[Control.PROFILE] = by_row
+            team.run()
+
+    def _recruit(self) -> Team:
+        """Start a team; also after a fork, which copies no threads and may copy a half-open barrier."""
+        if self._memory is None:
+            raise ModelError("program: call finish() before running it.")
+        self._control = aligned((control_size(self.threads),), np.int64)
+        for field, value in self._control_values.items():
+            self._control[field] = value
+        self._team = Team(self._control, (self._memory,))
+        weakref.finalize(self, self._team.stop)
+        return self._team
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights and their indices."""
+        return self._weight_bytes
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of activation buffers and workspaces."""
+        return self._workspace_bytes
+
+    def _check_open(self) -> None:
+        if self._memory is not None:
+            raise ModelError("program: it is finished; build a new one to change it.")
+
+
+def _floats(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
+    array: npt.NDArray[np.float32] = tensor.detach().to("cpu", torch.float32).contiguous().numpy().copy()
+    return array
+
+
+def _check_same(name: str, *buffers: Buffer) -> None:
+    shapes = [(b.channels, b.height, b.width) for b in buffers]
+    if len(set(shapes)) > 1:
+        raise ModelError(f"{name}: maps differ in size: {shapes}.")
+
+
+def _check_conv(conv: Conv) -> None:
+    layer, x, out = conv.layer, conv.x, conv.out
+    k, c, *window = conv.weight.shape
+    size = tuple(
+        (length + 2 * p - d * (w - 1) - 1) // s + 1
+        for length, p, d, w, s in zip(
+            (x.height, x.width), layer.padding, layer.dilation, window, layer.stride, strict=True
+        )
+    )
+    problem = None
+    if layer.groups != 1:
+        problem = f"{layer.groups} groups; the kernels take 1"
+    elif conv.kernel not in ("dense", "block", "csr") or conv.block not in (LANES, 2 * LANES):
+        problem = f"kernel {conv.kernel!r} with block {conv.block}; known are dense, block, csr with 16 or 32"
+    elif (x.channels, out.channels, len(conv.bias)) != (c, k, k) or tuple(window) != layer.window:
+        problem = f"weight {conv.weight.shape} and bias ({len(conv.bias)}) do not fit {x.channels} → {out.channels}"
+    elif (out.height, out.width) != size or size != layer.output_hw:
+        problem = f"output is {out.height}×{out.width}, must be {size}, the layer says {layer.output_hw}"
+    elif max(layer.padding) > x.halo:
+        problem = f"padding {layer.padding} needs a halo of {max(layer.padding)}; the input has {x.halo}"
+    elif x == out:
+        problem = "input and output are one buffer"
+    if problem is not None:
+        raise ModelError(f"layer '{layer.name}': {problem}.")
+    if conv.epilogue.residual is not None:
+        _check_same(f"residual of layer '{layer.name}'", conv.epilogue.residual, out)

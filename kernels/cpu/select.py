@@ -1,0 +1,26 @@
+"""The compiled choice among the tile shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+
+from autoprune.kernels.cpu.shapes import BLOCK_TILES, CSR_TILES
+from autoprune.kernels.cpu.tiles import block_tile, csr_tile
+
+def _selector(name: str, makers: list[Callable[..., Any]], n_args: int) -> Callable[..., Any]:
+    """Return ``name(variant, *args)`` that calls the variant's intrinsic: numba has no tables of functions."""
+    args = ", ".join(f"a{i}" for i in range(n_args))
+    lines = [f"def {name}(variant, {args}):"]
+    for index in range(len(makers)):
+        lines.append(f"    {'el' if index else ''}if variant == {index}:\n        tile{index}({args})")
+    space: dict[str, Any] = {f"tile{index}": maker for index, maker in enumerate(makers)}
+    exec("\n".join(lines), space)
+    selector: Callable[..., Any] = njit(nogil=True)(space[name])
+    return selector
+
+
+run_block_tile = _selector("run_block_tile", [block_tile(tile) for tile in BLOCK_TILES], 8)
+run_csr_tile = _selector("run_csr_tile", [csr_tile(tile) for tile in CSR_TILES], 5)

@@ -1,0 +1,73 @@
+"""The tile shapes that are compiled. A vector is 16 float32 lanes."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+LANES = 16
+VECTOR_BYTES = 4 * LANES
+
+
+class BlockTile(NamedTuple):
+    """Shape of a block tile: output pixels, vectors of 16 filters, and entries in flight."""
+
+    rows: int
+    cols: int
+    vectors: int
+    unroll: int = 1
+
+
+class CsrTile(NamedTuple):
+    """Shape of a CSR tile: vectors of 16 pixels, and entries in flight."""
+
+    vectors: int
+    unroll: int
+
+
+# Two flight paths of 4 cycles each want 8 independent sums; narrow tiles get them by unrolling.
+BLOCK_TILES = (
+    BlockTile(1, 1, 1, 8),
+    BlockTile(1, 2, 1, 4),
+    BlockTile(1, 4, 1, 2),
+    BlockTile(1, 6, 1),
+    BlockTile(1, 8, 1),
+    BlockTile(1, 14, 1),
+    BlockTile(2, 14, 1),
+    BlockTile(2, 8, 1),
+    BlockTile(3, 8, 1),
+    BlockTile(4, 4, 1),
+    BlockTile(2, 7, 1),
+    BlockTile(3, 7, 1),
+    BlockTile(4, 7, 1),
+    BlockTile(1, 1, 2, 4),
+    BlockTile(1, 2, 2, 2),
+    BlockTile(1, 4, 2),
+    BlockTile(1, 7, 2),
+    BlockTile(2, 7, 2),
+    BlockTile(1, 8, 2),
+)
+CSR_TILES = (
+    CsrTile(1, 4),
+    CsrTile(2, 4),
+    CsrTile(3, 2),
+    CsrTile(4, 2),
+    CsrTile(5, 2),
+    CsrTile(6, 2),
+    CsrTile(8, 1),
+    CsrTile(10, 1),
+    CsrTile(12, 1),
+    CsrTile(14, 1),
+)
+
+
+@cache
+def vector_registers() -> int:
+    """Return how many 16-lane vectors the machine's registers hold at once."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 32
+    # 16 registers of 8 lanes, or 32 (or 16) of 4.
+    return 8

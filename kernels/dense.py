@@ -1,0 +1,252 @@
+"""The dense network in every form a user could run instead: the references all ratios are taken against.
+
+Each form is a callable that runs the network once on the example, as its user would call it; a form this machine cannot
+run is a string that says why.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from autoprune.core.errors import ModelError
+from autoprune.kernels.convert import convert
+from autoprune.kernels.deployed import PlannedModel
+from autoprune.kernels.plan_ops import norm_terms
+
+REFERENCES = ("plan", "torch-folded", "torch-channels-last", "torch-jit-optimized", "torch-compile", "onnxruntime")
+
+Runner = Callable[[], object]
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let PyTorch's own kernels use ``threads`` threads, and restore the setting afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def dense_references(
+    model: nn.Module,
+    example: Tensor,
+    threads: int = 1,
+    *,
+    compile: bool = True,
+    built: Callable[[str, float], None] | None = None,
+) -> dict[str, Runner | str]:
+    """Return every dense execution of ``model``, by the names in ``REFERENCES``.
+
+    Run the callables under ``torch_threads(threads)`` (``lut.measure.interleaved_us`` does).
+
+    Args:
+        model: float32, on the CPU, taken as in eval mode; not modified.
+        example: (N, C, H, W) float32.
+        threads: Threads each form may use.
+        compile: Include ``torch-compile``, which takes tens of seconds to build.
+        built: Called with the name and the build seconds of each form.
+    """
+    makers: dict[str, Callable[[], Runner | str]] = {
+        "plan": lambda: _plan(model, example, threads),
+        "torch-folded": lambda: _folded(model, example, torch.contiguous_format),
+        "torch-channels-last": lambda: _folded(model, example, torch.channels_last),
+        "torch-jit-optimized": lambda: _jit(model, example),
+        "torch-compile": lambda: _compiled(model, example) if compile else "left out on request",
+        "onnxruntime": lambda: _onnxruntime(model, example, threads),
+    }
+    found: dict[str, Runner | str] = {}
+    for name in REFERENCES:
+        start = time.perf_counter()
+        with torch_threads(threads), torch.no_grad():
+            try:
+                found[name] = makers[name]()
+            except Exception as error:  # each form is somebody else's compiler; one that fails is reported as absent
+                first_line = (str(error).splitlines() or [""])[0]
+                found[name] = f"{type(error).__name__}: {first_line[:160]}"
+        if built is not None and not isinstance(found[name], str):
+            built(name, time.perf_counter() - start)
+    return found
+
+
+def runners(references: Mapping[str, Runner | str]) -> dict[str, Runner]:
+    """Return the references this machine can run."""
+    return {name: run for name, run in references.items() if not isinstance(run, str)}
+
+
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode whose BatchNorms are folded into the convolutions or linears before them.
+
+    Raises:
+        ModelError: The model cannot be traced symbolically.
+    """
+    try:
+        graph = fx.symbolic_trace(copy.deepcopy(model).eval())
+    except Exception as error:  # the user's forward: anything can come out of it
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"the model cannot be traced to fold its BatchNorms: {first_line[:120]}") from None
+    modules = dict(graph.named_modules())
+    for node in list(graph.graph.nodes):
+        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or not isinstance(node.args[0], fx.Node):
+            continue
+        source = node.args[0]
+        layer = modules.get(str(source.target)) if source.op == "call_module" else None
+        callers = sum(str(other.target) == str(source.target) for other in graph.graph.nodes)
+        if isinstance(layer, nn.Conv2d | nn.Linear) and len(source.users) == 1 and callers == 1:
+            _fold_into(layer, norm)
+            node.replace_all_uses_with(source)
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def _fold_into(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+    scale, shift = norm_terms(norm)
+    weight = layer.weight.detach().double() * scale.reshape(-1, *[1] * (layer.weight.dim() - 1))
+    bias = torch.zeros_like(shift) if layer.bias is None else layer.bias.detach().double()
+    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+    layer.bias = nn.Parameter((bias * scale + shift).float(), requires_grad=False)
+
+
+def _plan(model: nn.Module, example: Tensor, threads: int) -> Runner | str:
+    deployed = convert(model, {}, example, threads=threads)
+    if not isinstance(deployed, PlannedModel):
+        return f"not one flat plan: {getattr(deployed, 'refusal', '')}"
+    return lambda: deployed(example)
+
+
+def _format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return tensor.contiguous(memory_format=memory_format) if tensor.dim() == 4 else tensor
+
+
+def _folded(model: nn.Module, example: Tensor, memory_format: torch.memory_format) -> Runner:
+    # Module.to takes memory formats, which its annotations leave out.
+    network = fold_batchnorm(model).to(memory_format=memory_format)  # type: ignore[call-overload]
+    x = _format(example, memory_format)
+
+    def run() -> object:
+        with torch.inference_mode():
+            return network(x)
+
+    run()
+    return run
+
+
+def _jit(model: nn.Module, example: Tensor) -> Runner:
+    x = _format(example, torch.channels_last)
+    with warnings.catch_warnings():
+        # TorchScript is announced as deprecated; it is still a form users deploy.
+        warnings.simplefilter("ignore")
+        network = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+        frozen = torch.jit.freeze(torch.jit.trace(network, x))
+        optimized = torch.jit.optimize_for_inference(frozen)
+
+        def run() -> object:
+            with torch.inference_mode():
+                return optimized(x)
+
+        for _ in range(3):  # the profiling executor settles after a few runs
+            run()
+    return run
+
+
+def _compiled(model: nn.Module, example: Tensor) -> Runner | str:
+    import os
+
+    from torch._inductor import config
+
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None and shutil.which("clang++") is None:
+        return f"no C++ compiler ({compiler}) on this machine"
+    network = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    x = _format(example, torch.channels_last)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(network)
+
+        def run() -> object:
+            with torch.no_grad():
+                return compiled(x)
+
+        # Freezing folds BatchNorm and packs the weights, at compile time, which is the first call.
+        with config.patch(freezing=True):
+            run()
+            run()
+    return run
+
+
+def _onnxruntime(model: nn.Module, example: Tensor, threads: int) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(to_onnx(model, example), options, providers=["CPUExecutionProvider"])
+    name, out_name = session.get_inputs()[0].name, session.get_outputs()[0].name
+    x = np.ascontiguousarray(example.detach().numpy())
+    out = np.empty(session.run([out_name], {name: x})[0].shape, np.float32)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(x))
+    target = onnxruntime.OrtValue.ortvalue_from_numpy(out)
+    binding.bind_ortvalue_output(out_name, target)
+
+    def plain() -> object:
+        return session.run([out_name], {name: x})
+
+    def bound() -> object:
+        session.run_with_iobinding(binding)
+        return target.numpy()
+
+    return min((plain, bound), key=_seconds)
+
+
+def to_onnx(model: nn.Module, example: Tensor) -> bytes:
+    """Return the model as ONNX, its batch fixed to the example's.
+
+    Raises:
+        ModelError: It cannot be exported.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns about its own dependencies
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            program = torch.onnx.export(copy.deepcopy(model).eval(), (example,), dynamo=True, verbose=False)
+            assert program is not None
+            stream = BytesIO()
+            program.save(stream)
+        except Exception as error:
+            first_line = (str(error).splitlines() or [""])[0]
+            raise ModelError(f"the model cannot be exported to ONNX: {first_line[:160]}") from None
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+    return stream.getvalue()
+
+
+def _seconds(run: Runner) -> float:
+    """Return the best of a few timings, enough to tell two ways of calling one runtime apart."""
+    run()
+    best = float("inf")
+    for _ in range(7):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
