@@ -8,6 +8,15 @@ Importing this package imports nothing else: the names below are fetched when fi
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autoprune.core.policy import Policy as Policy
+    from autoprune.kernels.convert import convert as convert
+    from autoprune.lut.table import LatencyTable as LatencyTable
+    from autoprune.search.pipeline import search as search
+    from autoprune.search_spaces.space import SearchSpace as SearchSpace
+    from autoprune.trainers.session import attach as attach
 
 __version__ = "0.1.0"
 
@@ -20,7 +29,7 @@ _HOME = {
 }
 
 # `search` is a sub-package as well as a function: the module itself is callable, see autoprune/search/__init__.py.
-__all__ = [*sorted(_HOME), "__version__", "search"]
+__all__ = ["LatencyTable", "Policy", "SearchSpace", "__version__", "attach", "convert", "search"]
 
 
 def __getattr__(name: str) -> object:

@@ -39,7 +39,7 @@ def cheapest_suffixes(
 def undominated(points_PD: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the points that no other point undercuts or equals in every part, each once, ordered by the first part."""
     if points_PD.shape[1] == 1:
-        return points_PD.min(axis=0, keepdims=True)
+        return np.asarray(points_PD.min(axis=0, keepdims=True))
     points_PD = np.unique(points_PD, axis=0)
     if points_PD.shape[1] == 2:
         # Sorted by the first part, a point stays exactly when it lowers the least second part so far.

@@ -11,9 +11,8 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from io import BytesIO
 
 import numpy as np
 import torch
@@ -40,12 +39,29 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Keep a compiler's own warnings, and those that ``loggers`` would print, from the user."""
+    found = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in found]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in found:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(found, levels, strict=True):
+                logger.setLevel(level)
+
+
 def dense_references(
     model: nn.Module,
     example: Tensor,
     threads: int = 1,
     *,
     compile: bool = True,
+    only: Collection[str] = REFERENCES,
     built: Callable[[str, float], None] | None = None,
 ) -> dict[str, Runner | str]:
     """Return every dense execution of ``model``, by the names in ``REFERENCES``.
@@ -57,6 +73,7 @@ def dense_references(
         example: (N, C, H, W) float32.
         threads: Threads each form may use.
         compile: Include ``torch-compile``, which takes tens of seconds to build.
+        only: Names of the forms to build.
         built: Called with the name and the build seconds of each form.
     """
     makers: dict[str, Callable[[], Runner | str]] = {
@@ -68,7 +85,7 @@ def dense_references(
         "onnxruntime": lambda: _onnxruntime(model, example, threads),
     }
     found: dict[str, Runner | str] = {}
-    for name in REFERENCES:
+    for name in [name for name in REFERENCES if name in only]:
         start = time.perf_counter()
         with torch_threads(threads), torch.no_grad():
             try:
@@ -133,8 +150,7 @@ def _format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 
 def _folded(model: nn.Module, example: Tensor, memory_format: torch.memory_format) -> Runner:
-    # Module.to takes memory formats, which its annotations leave out.
-    network = fold_batchnorm(model).to(memory_format=memory_format)  # type: ignore[call-overload]
+    network = fold_batchnorm(model).to(memory_format=memory_format)
     x = _format(example, memory_format)
 
     def run() -> object:
@@ -147,11 +163,9 @@ def _folded(model: nn.Module, example: Tensor, memory_format: torch.memory_forma
 
 def _jit(model: nn.Module, example: Tensor) -> Runner:
     x = _format(example, torch.channels_last)
-    with warnings.catch_warnings():
-        # TorchScript is announced as deprecated; it is still a form users deploy.
-        warnings.simplefilter("ignore")
+    with _quiet():  # TorchScript is announced as deprecated; it is still a form users deploy
         network = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
-        frozen = torch.jit.freeze(torch.jit.trace(network, x))
+        frozen = torch.jit.freeze(torch.jit.trace(network, x))  # type: ignore[no-untyped-call]
         optimized = torch.jit.optimize_for_inference(frozen)
 
         def run() -> object:
@@ -173,9 +187,9 @@ def _compiled(model: nn.Module, example: Tensor) -> Runner | str:
         return f"no C++ compiler ({compiler}) on this machine"
     network = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
     x = _format(example, torch.channels_last)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compiled = torch.compile(network)
+    with _quiet("torch.utils.cpp_extension", "torch._inductor"):  # it warns that there is no CUDA
+        # A second batch size would otherwise compile for any batch size, which is slower and fails when frozen.
+        compiled = torch.compile(network, dynamic=False)
 
         def run() -> object:
             with torch.no_grad():
@@ -221,24 +235,15 @@ def to_onnx(model: nn.Module, example: Tensor) -> bytes:
     Raises:
         ModelError: It cannot be exported.
     """
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns about its own dependencies
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+    with _quiet("torch.onnx", "onnxscript", "onnx_ir"):  # the exporter warns about its own dependencies
         try:
             program = torch.onnx.export(copy.deepcopy(model).eval(), (example,), dynamo=True, verbose=False)
             assert program is not None
-            stream = BytesIO()
-            program.save(stream)
+            content: bytes = program.model_proto.SerializeToString()
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0]
             raise ModelError(f"the model cannot be exported to ONNX: {first_line[:160]}") from None
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-    return stream.getvalue()
+    return content
 
 
 def _seconds(run: Runner) -> float:

@@ -80,10 +80,10 @@ class FrozenModule(nn.Module):
                 "convert the model for that device instead of moving it."
             )
         self.programs.clear()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def load_state_dict(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
+    def load_state_dict(self, *args: object, **kwargs: object) -> object:
         """Load weights as ``nn.Module`` does; zeros decide anew what the sparse kernels skip."""
         self.programs.clear()
         return super().load_state_dict(*args, **kwargs)  # type: ignore[arg-type]

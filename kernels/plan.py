@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from autoprune.kernels.cpu.program import Buffer, Epilogue, Program
 from torch import Tensor, nn
 
 from autoprune.core.choices import Block, Choice, Dense
+from autoprune.kernels.cpu.program import Buffer, Epilogue, Program
 from autoprune.kernels.plan_ops import (
     AddOp,
     ConvOp,

@@ -141,7 +141,7 @@ def padding_of(module: nn.Conv2d) -> tuple[int, int] | None:
 
 def layer_spec(name: str, module: nn.Module, input_shape: Sequence[int], output_shape: Sequence[int]) -> LayerSpec:
     """Return the shape facts of a ``Conv2d`` or ``Linear``, given the shapes (N, …) it read and wrote."""
-    shape = tuple(int(size) for size in module.weight.shape)  # type: ignore[union-attr,operator]
+    shape = tuple(int(size) for size in module.weight.shape)  # type: ignore[union-attr]
     bias = module.bias is not None
     if isinstance(module, nn.Linear):
         # Tokens (N, T, I) run as T independent rows a sample.

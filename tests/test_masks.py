@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -68,8 +68,6 @@ def group_units(mask: Tensor, choice: Choice) -> tuple[int, int]:
 @pytest.mark.parametrize("text", CHOICES[1:])
 def test_mask_keeps_exactly_the_nominal_number_of_units(text: str, shape: tuple[int, ...]) -> None:
     choice = parse_choice(text)
-    if isinstance(choice, Block) and choice.filters > shape[0]:
-        pytest.fail("shape list must fit")
     kept, wanted = group_units(make_mask(weight_of(shape), choice), choice)
     assert kept == wanted
 
@@ -219,14 +217,12 @@ def test_a_weight_that_cannot_take_the_choice_is_refused(shape: tuple[int, ...],
         make_mask(torch.ones(shape), parse_choice(text))
 
 
-@settings(max_examples=60, deadline=None)
 @given(units=st.integers(1, 5000), percent=st.integers(1, 100))
 def test_kept_count_rounds_what_is_removed_down(units: int, percent: int) -> None:
     removed = units * (100 - percent) // 100
     assert kept_count(units, percent / 100) == max(1, units - removed)
 
 
-@settings(max_examples=60, deadline=None)
 @given(values=st.lists(st.integers(-3, 3), min_size=1, max_size=30), data=st.data())
 def test_top_mask_equals_a_stable_sort(values: list[int], data: st.DataObject) -> None:
     count = data.draw(st.integers(0, len(values)))

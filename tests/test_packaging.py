@@ -94,7 +94,8 @@ def test_readme_names_the_commands_that_ci_and_make_run() -> None:
 def test_ci_runs_the_readmes_command_in_an_environment_of_its_own(tmp_path: Path) -> None:
     (tmp_path / ".ci").mkdir()
     shutil.copy(_ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
-    readme = "text\n<!-- test-command -->\n```sh\necho ran in \"$VENV\"; test ! -e \"$VENV\"; cat\n```\n```sh\nfalse\n```\n"
+    command = 'echo ran in "$VENV"\ntest ! -e "$VENV"\ncat'
+    readme = f"text\n<!-- test-command -->\n```sh\n{command}\n```\n```sh\nfalse\n```\n"
     (tmp_path / "README.md").write_text(readme)
     done = subprocess.run([tmp_path / ".ci" / "run"], input="stdin", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -12,10 +12,10 @@ from autoprune.cli import options
 if TYPE_CHECKING:
     from autoprune.lut.table import LatencyTable
 
-app = typer.Typer(name="lut", help="Latency tables: what every layer costs with every choice, measured on this machine.")
+app = typer.Typer(name="lut", no_args_is_help=True)
 
 
-@app.callback(no_args_is_help=True)
+@app.callback()
 def _root() -> None:
     """Latency tables: what every layer costs with every choice, measured on this machine."""
 

@@ -63,9 +63,10 @@ def _tell(error: BaseException, *, debug: bool) -> int:
         line, code = str(error), error.exit_code
     elif hasattr(error, "format_message"):  # a usage error; its class is click's or typer's, by typer's version
         path = getattr(getattr(error, "ctx", None), "command_path", "autoprune")
-        line, code = f"{error.format_message()} See: {path} --help", 2
-        if not error.format_message():
+        message = error.format_message().rstrip(".")
+        if not message:
             return 2  # no arguments at all: the help has been shown
+        line, code = f"{message}. See: {path} --help", 2
     else:
         hint = "" if debug else " Run it again with --debug for the traceback."
         line, code = f"unexpected {type(error).__name__}: {error}.{hint}", 1

@@ -8,7 +8,7 @@ are as warm as in a network, not warmer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,11 +19,10 @@ from torch import Tensor
 from autoprune.core.choices import Choice, Dense
 from autoprune.core.errors import MeasurementError
 from autoprune.core.layers import LayerSpec
-from autoprune.kernels.cpu.program import Epilogue, Program
+from autoprune.kernels.cpu.program import CHUNK_BYTES, Epilogue, Program
 from autoprune.kernels.dense import torch_threads
-from autoprune.kernels.deployed import tile_of
 from autoprune.kernels.plan import kernel_for
-from autoprune.lut.measure import call_timer, sample_rounds
+from autoprune.lut.measure import Effort, call_timer, sample_rounds
 from autoprune.lut.table import Context, LatencyTable, Row
 from autoprune.sparsity.masks import make_mask
 
@@ -42,6 +41,25 @@ class _Candidate:
     time_us: Callable[[], float]
     weight_bytes: int
     kernel: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """Context of the rows, and how many images pass a layer together in the network."""
+
+    context: Context
+    images: int
+
+
+def images_at_once(layers: Iterable[LayerSpec], batch: int) -> int:
+    """Return how many images of a batch a deployed network passes through all its layers together.
+
+    A program splits a batch so that the images' maps stay in cache; a layer of the network therefore never sees the
+    whole batch, and its row must not either. A plan holds about three maps of every size the network has.
+    """
+    maps = {(layer.filters, *layer.output_hw) for layer in layers if layer.op == "conv"}
+    per_image = 3 * 4 * sum(math.prod(size) for size in maps)
+    return max(1, min(batch, CHUNK_BYTES // max(per_image, 1)))
 
 
 def build_table(
@@ -67,6 +85,7 @@ def build_table(
     wanted = _unique(space_layers)
     table = LatencyTable(context, dict(rows or {}))
     total = sum(len(choices) for _, choices in wanted)
+    setting = _Setting(context, images_at_once(space_layers, context.batch))
     absent = [
         (layer, [choice for choice in choices if (layer.signature, choice.text) not in table.rows])
         for layer, choices in wanted
@@ -75,7 +94,7 @@ def build_table(
     for layer, choices in absent:
         if not choices:
             continue
-        table = table.with_rows(_measure_layer(layer, choices, context))
+        table = table.with_rows(_measure_layer(layer, choices, setting))
         done += len(choices)
         if checkpoint is not None:
             checkpoint(table)
@@ -93,17 +112,21 @@ def _unique(space_layers: Mapping[LayerSpec, Sequence[Choice]]) -> list[tuple[La
     return [(layer, list(choices.values())) for layer, choices in by_signature.values()]
 
 
-def _measure_layer(layer: LayerSpec, choices: Sequence[Choice], context: Context) -> dict[tuple[str, str], Row]:
+def _measure_layer(layer: LayerSpec, choices: Sequence[Choice], setting: _Setting) -> dict[tuple[str, str], Row]:
+    threads = setting.context.threads
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(layer.weight_shape, generator=generator) / math.sqrt(layer.weights / layer.filters)
-    with torch_threads(context.threads), torch.no_grad():
+    with torch_threads(threads), torch.no_grad():
         try:
-            candidates = {choice.text: _candidate(layer, choice, weight, context) for choice in choices}
+            candidates = {choice.text: _candidate(layer, choice, weight, setting) for choice in choices}
         except (ValueError, RuntimeError) as error:
             raise MeasurementError(f"layer '{layer.name}' ({layer.signature}) cannot be measured: {error}") from error
         for candidate in candidates.values():
             candidate.time_us()
-        samples, _ = sample_rounds({text: candidate.time_us for text, candidate in candidates.items()}, _ROUNDS)
+        samples, _ = sample_rounds(
+            {text: candidate.time_us for text, candidate in candidates.items()},
+            Effort(_ROUNDS, threads=threads),
+        )
     rows = {}
     for text, candidate in candidates.items():
         p10, p50, p90 = (float(value) for value in np.percentile(samples[text], [10, 50, 90]))
@@ -113,31 +136,27 @@ def _measure_layer(layer: LayerSpec, choices: Sequence[Choice], context: Context
     return rows
 
 
-def _candidate(layer: LayerSpec, choice: Choice, weight: Tensor, context: Context) -> _Candidate:
+def _candidate(layer: LayerSpec, choice: Choice, weight: Tensor, setting: _Setting) -> _Candidate:
     if layer.groups != 1:
-        return _torch_candidate(layer, weight, context)
+        return _torch_candidate(layer, weight, setting.context)
     masked = weight * make_mask(weight, choice)
     kernel, block = kernel_for(choice)
-    # Tokens of a linear layer are rows of the batch to the kernel.
-    tokens = layer.input_hw[0] * layer.input_hw[1] if layer.op == "linear" else 1
-    batch = context.batch * tokens
-    tile = batch if layer.op == "linear" and tokens > 1 else tile_of(batch)
-    program = Program(tile, context.threads)
+    # Tokens of a linear layer are more rows of the same run.
+    images = setting.images * (layer.input_hw[0] * layer.input_hw[1] if layer.op == "linear" else 1)
     spec = _as_conv(layer)
-    bias = torch.zeros(layer.filters)
-    # The copies run one after another: each finds its own input and weights as the others' traffic left them.
+    program = Program(images, setting.context.threads)
     inputs = [program.buffer(spec.channels, *spec.input_hw, halo=max(spec.padding)) for _ in range(_COPIES)]
     outputs = [program.buffer(spec.filters, *spec.output_hw) for _ in range(_COPIES)]
     program.set_input(inputs[0])
     for x, out in zip(inputs, outputs, strict=True):
-        kcrs = masked.reshape(spec.weight_shape)
+        kcrs, bias = masked.reshape(spec.weight_shape), torch.zeros(layer.filters)
         program.conv(x, out, spec, kcrs, bias, kernel, Epilogue(relu=True), block)
     program.set_output(outputs[-1])
     program.finish()
-    program.run(torch.randn(tile, spec.channels, *spec.input_hw))
-    scale = batch / tile / _COPIES
+    program.run(torch.randn(images, spec.channels, *spec.input_hw))
     once_us = float(np.median(program.time_us(5)))
     runs = max(2, math.ceil(_SAMPLE_US / max(once_us, 0.1)))
+    scale = setting.context.batch / setting.images / _COPIES
     return _Candidate(
         time_us=lambda: float(np.median(program.time_us(runs))) * scale,
         weight_bytes=program.weight_bytes // _COPIES,

@@ -18,8 +18,8 @@ from autoprune.lut.deploy import Deploy
 from autoprune.lut.measure import interleaved_us
 from autoprune.lut.table import Calibration, LatencyTable, Point
 
-# Networks held in memory and timed in turn.
-_GROUP = 8
+# Bytes of packed weights held at once: networks of one group are timed in turn, so that drift hits all alike.
+_GROUP_BYTES = 1 << 30
 _FOCUS_WIDTH = 0.25
 _FOCUS_FLOOR = 0.1
 
@@ -51,8 +51,9 @@ def calibrate(
         raise MeasurementError(f"calibration on {count} networks: give at least 4.")
     policies = random_policies(table, layers, space, seed, count)
     points: list[Point] = []
-    for start in range(0, len(policies), _GROUP):
-        group = policies[start : start + _GROUP]
+    size = max(4, _GROUP_BYTES // (8 * sum(layer.weights for layer in layers)))
+    for start in range(0, len(policies), size):
+        group = policies[start : start + size]
         runs = {str(index): deploy(choices) for index, choices in enumerate(group)}
         samples = interleaved_us(runs, sample_seconds * len(group), table.context.threads)
         for index, choices in enumerate(group):

@@ -1,6 +1,7 @@
 """Timing that can be compared: everything interleaved in one process, disturbed samples left out.
 
-A sample counts when a short run of FMAs right before and right after it reached 90 % of its best speed.
+A sample counts when a short run of FMAs right before and right after it reached 90 % of its best speed, and, on one
+thread, no other process had the core meanwhile.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -22,9 +23,21 @@ from autoprune.core.errors import MeasurementError
 from autoprune.kernels.dense import torch_threads
 from autoprune.lut.probe import peak_gflops, probe_ns
 
-__all__ = ["Measurement", "Spread", "interleaved_us", "isa_level", "machine", "measure", "peak_gflops", "sample_rounds"]
+__all__ = [
+    "Effort",
+    "Measurement",
+    "Spread",
+    "interleaved_us",
+    "isa_level",
+    "machine",
+    "measure",
+    "peak_gflops",
+    "sample_rounds",
+]
 
+# Undisturbed: the probe at this fraction of its best speed; at most this wall time over own time.
 _QUIET = 0.9
+_ALONE = 1.02
 _SAMPLE_US = 200.0
 _MIN_SAMPLES = 5
 _PACKAGES = ("torch", "numba", "onnxruntime")
@@ -67,51 +80,92 @@ class Measurement:
         return {name: Spread.of(samples) for name, samples in self.samples.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to sample: up to ``rounds`` undisturbed samples of every case, within ``seconds``.
+
+    Attributes:
+        rounds: Undisturbed samples that are enough; disturbed ones are repeated, up to three times as many in all.
+        seconds: Stop earlier once they have passed and every case has five samples.
+        threads: Threads that the cases use.
+    """
+
+    rounds: int = 100_000
+    seconds: float = float("inf")
+    threads: int = 1
+
+
 def sample_rounds(
-    timers: Mapping[K, Callable[[], float]], rounds: int, seconds: float = float("inf")
+    timers: Mapping[K, Callable[[], float]], effort: Effort
 ) -> tuple[dict[K, np.ndarray], int]:
     """Take one sample of every timer, round after round, and drop the disturbed ones.
 
     Args:
         timers: Case → a call that returns one sample, in any unit.
-        rounds: Most rounds to take.
-        seconds: Stop earlier once they have passed and every case has five samples.
+        effort: When to stop.
     Returns:
         Case → kept samples in order; and how many were dropped. Where fewer than five were undisturbed, the least
         disturbed five are kept.
     """
-    values: dict[K, list[float]] = {case: [] for case in timers}
-    probes: dict[K, list[int]] = {case: [] for case in timers}
+    log = _Log(timers, single=effort.threads == 1)
     start = time.perf_counter()
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for done in range(rounds):
-            if done >= _MIN_SAMPLES and time.perf_counter() - start > seconds:
+        for done in range(3 * effort.rounds):
+            if done >= _MIN_SAMPLES and time.perf_counter() - start > effort.seconds:
                 break
-            before = probe_ns()
-            for case, timer in timers.items():
-                values[case].append(timer())
-                after = probe_ns()
-                probes[case].append(max(before, after))
-                before = after
+            if done >= effort.rounds and log.fewest_quiet() >= effort.rounds:
+                break
+            log.round()
     finally:
         if collecting:
             gc.enable()
-    return _undisturbed(values, probes)
+    return log.kept()
 
 
-def _undisturbed(values: dict[K, list[float]], probes: dict[K, list[int]]) -> tuple[dict[K, np.ndarray], int]:
-    best = min(min(column) for column in probes.values())
-    kept: dict[K, np.ndarray] = {}
-    dropped = 0
-    for case, column in values.items():
-        slowness = np.array(probes[case])
-        limit = max(best / _QUIET, float(np.sort(slowness)[min(_MIN_SAMPLES, len(slowness)) - 1]))
-        quiet = slowness <= limit
-        kept[case] = np.array(column)[quiet]
-        dropped += int((~quiet).sum())
-    return kept, dropped
+class _Log(Generic[K]):
+    """Samples with how disturbed the machine was around each of them.
+
+    Disturbance is the slower of the two FMA probes over the best one; on one thread also the wall time over the
+    thread's own time, which shows that another process had the core meanwhile.
+    """
+
+    def __init__(self, timers: Mapping[K, Callable[[], float]], *, single: bool) -> None:
+        self.timers, self.single = timers, single
+        self.values: dict[K, list[float]] = {case: [] for case in timers}
+        self.probes: dict[K, list[int]] = {case: [] for case in timers}
+        self.waits: dict[K, list[float]] = {case: [] for case in timers}
+
+    def round(self) -> None:
+        before = probe_ns()
+        for case, timer in self.timers.items():
+            wall, own = time.perf_counter_ns(), time.thread_time_ns()
+            self.values[case].append(timer())
+            own, wall = time.thread_time_ns() - own, time.perf_counter_ns() - wall
+            after = probe_ns()
+            self.probes[case].append(max(before, after))
+            self.waits[case].append(wall / max(own, 1) if self.single else 1.0)
+            before = after
+
+    def _disturbance(self, case: K) -> np.ndarray:
+        """Return how disturbed each sample is; up to 1 it counts as undisturbed."""
+        best = min(min(column) for column in self.probes.values())
+        slow = np.array(self.probes[case]) / best * _QUIET
+        return np.maximum(slow, np.array(self.waits[case]) / _ALONE)
+
+    def fewest_quiet(self) -> int:
+        return min(int((self._disturbance(case) <= 1.0).sum()) for case in self.timers)
+
+    def kept(self) -> tuple[dict[K, np.ndarray], int]:
+        kept, dropped = {}, 0
+        for case, column in self.values.items():
+            disturbance = self._disturbance(case)
+            limit = max(1.0, float(np.sort(disturbance)[min(_MIN_SAMPLES, len(column)) - 1]))
+            quiet = disturbance <= limit
+            kept[case] = np.array(column)[quiet]
+            dropped += int((~quiet).sum())
+        return kept, dropped
 
 
 def measure(cases: Mapping[str, Callable[[], object]], seconds: float, threads: int = 1) -> Measurement:
@@ -138,7 +192,7 @@ def measure(cases: Mapping[str, Callable[[], object]], seconds: float, threads: 
                 timers[name] = call_timer(call)
             except Exception as error:
                 raise MeasurementError(f"'{name}' cannot be timed: {type(error).__name__}: {error}") from error
-        samples, dropped = sample_rounds(timers, rounds=100_000, seconds=seconds)
+        samples, dropped = sample_rounds(timers, Effort(seconds=seconds, threads=threads))
     return Measurement(samples, dropped + sum(len(column) for column in samples.values()), dropped)
 
 

@@ -10,7 +10,8 @@ import numba
 from llvmlite import binding, ir
 from numba.core import types
 
-from autoprune.kernels.cpu.emit import I32, LANES, fma, i64, kernel, loop, splat
+from autoprune.kernels.cpu.emit import I32, fma, i64, kernel, loop, splat
+from autoprune.kernels.cpu.shapes import LANES
 
 # Independent sums hide the latency of an FMA; more than the registers hold would spill.
 _SUMS = 12 if binding.get_host_cpu_features().get("avx512f") else 6

@@ -6,6 +6,7 @@ from autoprune.core.result import LayerRow, Result
 from autoprune.report.summary import percent, time_text
 
 _SHOWN = 3
+_DENSE_KERNELS = ("dense", "torch")
 
 
 def explain(result: Result) -> list[str]:
@@ -30,11 +31,12 @@ def _slowest(timed: list[tuple[LayerRow, float]], total: float) -> str:
 
 
 def _left_dense(timed: list[tuple[LayerRow, float]], total: float) -> list[str]:
-    dense = [us for layer, us in timed if layer.choice == "dense"]
+    dense = [us for layer, us in timed if layer.kernel in _DENSE_KERNELS]
     if not dense:
         return []
+    layers = "1 layer runs" if len(dense) == 1 else f"{len(dense)} layers run"
     return [
-        f"{len(dense)} layers run dense and take {percent(sum(dense) / total, 0)} of that time; "
+        f"{layers} on dense kernels, with {percent(sum(dense) / total, 0)} of that time; "
         "the table below says of each why it was left dense."
     ]
 

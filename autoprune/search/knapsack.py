@@ -9,6 +9,7 @@ Source: Sinha and Zoltners, "The multiple-choice knapsack problem" (1979); for p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -209,6 +210,12 @@ def _surrogate(problem: Problem, errors: list[FloatArray], buckets: int, moves: 
         weight_D /= weight_D.sum()
     assert best is not None
     return best
+
+
+def perturbed_solution(problem: Problem, log_L: FloatArray, buckets: int = 2_000) -> Assignment:
+    """Return the solution for each layer's errors multiplied by exp(``log_L``), (L,); coarser, as it is one of many."""
+    scaled = [error_C * math.exp(log) for error_C, log in zip(problem.errors_LC, log_L, strict=True)]
+    return solve_problem(problem, scaled, buckets)
 
 
 class KnapsackSearcher(Searcher):

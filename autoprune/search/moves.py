@@ -5,6 +5,7 @@ Shapes: L layers, C choices of the largest layer (padded), D constraints.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,10 @@ class Moves:
             self._error_LC[layer, : len(error_C)] = np.where(np.isfinite(error_C), error_C, 1e9)
         self._rows = np.arange(layers)
         self._scale_D = np.maximum(problem.limits_D, 1e-12)
+
+    @functools.cached_property
+    def _ladders(self) -> list[IntArray]:
+        return useful_choices(self.problem)
 
     def repair(self, assignment: Assignment) -> Assignment:
         """Return a feasible assignment: while over budget, the move that costs least error per excess it removes."""
@@ -62,6 +67,50 @@ class Moves:
             used_D = self.problem.costs(current.tolist())
             growth_LC = np.maximum((totals_LCD - used_D) / self._scale_D, 1e-9).max(axis=2)
             self._take(current, np.where(useful_LC, error_LC, np.inf) / np.where(useful_LC, growth_LC, 1.0))
+
+    def neighbours(self, assignment: IntArray, reach: int = 3) -> IntArray:
+        """Return feasible assignments one move away, (N, L): a layer up or down, or one up and another down.
+
+        Args:
+            assignment: (L,), feasible.
+            reach: Most rungs of a layer's ladder (its undominated choices by cost) taken in one move.
+        """
+        ups, downs = self._single_moves(assignment, reach)
+        used_D = self.problem.costs(assignment.tolist())
+        up_UD, down_WD = self._changes(assignment, ups), self._changes(assignment, downs)
+        limits_D = self.problem.limits_D
+        pairs_UW = (used_D + up_UD[:, None, :] + down_WD[None, :, :] <= limits_D).all(axis=2)
+        pairs_UW &= ups[:, None, 0] != downs[None, :, 0]
+        up_P, down_P = np.nonzero(pairs_UW)
+        moves = [(ups[up_P], downs[down_P])]
+        for single, change_D in ((ups, up_UD), (downs, down_WD)):
+            fits = single[(used_D + change_D <= limits_D).all(axis=1)]
+            moves.append((fits, fits))
+        found = []
+        for first, second in moves:
+            block = np.repeat(assignment[None, :], len(first), axis=0)
+            row = np.arange(len(first))
+            block[row, first[:, 0]] = first[:, 1]
+            block[row, second[:, 0]] = second[:, 1]
+            found.append(block)
+        return np.concatenate(found)
+
+    def _single_moves(self, assignment: IntArray, reach: int) -> tuple[IntArray, IntArray]:
+        """Return moves (layer, choice) to dearer and to cheaper rungs, (N, 2) each."""
+        ups, downs = [], []
+        for layer, ladder in enumerate(self._ladders):
+            costs = self._cost_LCD[layer, ladder, 0]
+            here = self._cost_LCD[layer, assignment[layer], 0]
+            # The present choice need not be on the ladder: repair and fill may take any.
+            dearer = np.flatnonzero(costs > here)[:reach]
+            cheaper = np.flatnonzero(costs < here)[::-1][:reach]
+            ups += [(layer, ladder[rung]) for rung in dearer]
+            downs += [(layer, ladder[rung]) for rung in cheaper]
+        return np.array(ups, dtype=np.int64).reshape(-1, 2), np.array(downs, dtype=np.int64).reshape(-1, 2)
+
+    def _changes(self, assignment: IntArray, moves: IntArray) -> FloatArray:
+        layer, choice = moves[:, 0], moves[:, 1]
+        return np.asarray(self._cost_LCD[layer, choice] - self._cost_LCD[layer, assignment[layer]])
 
     def _after_moves(self, current: IntArray) -> tuple[FloatArray, FloatArray]:
         """Return total costs (L, C, D) and change of error (L, C) after each single-layer move."""

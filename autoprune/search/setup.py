@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 
 from autoprune.core.budget import Budget, Limit
@@ -173,5 +172,4 @@ def pruned_model(task: Task, database: LayerDatabase, choices: Mapping[str, Choi
     network = StitchedNetwork(task.model, data.normalize(data.train.images[:CALIBRATION_IMAGES]))
     network.load(database.policy_weights(choices))
     network.recalibrate()
-    with torch.no_grad():
-        return network.model.eval()
+    return network.model.eval().requires_grad_(True)

@@ -6,25 +6,15 @@ as what was executed.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from autoprune.envs.problem import Assignment, FloatArray, Problem
+from autoprune.envs.problem import IntArray, Problem
 from autoprune.search.base import Account, Searcher
-from autoprune.search.knapsack import solve_problem
+from autoprune.search.knapsack import perturbed_solution
 from autoprune.search.moves import Moves, useful_choices
-
-_COARSE = 2000
-
-
-def perturbed_solution(problem: Problem, log_L: FloatArray, moves: Moves | None = None) -> Assignment:
-    """Return the knapsack's solution with each layer's errors multiplied by exp(``log_L``)."""
-    scaled = [error_C * math.exp(log) for error_C, log in zip(problem.errors_LC, log_L, strict=True)]
-    return solve_problem(problem, scaled, _COARSE, moves)
 
 
 class TPESearcher(Searcher):
@@ -50,7 +40,6 @@ class TPESearcher(Searcher):
             layer.name: IntDistribution(0, len(ladder) - 1)
             for layer, ladder in zip(problem.layers, ladders, strict=True)
         }
-        rungs = [{int(choice): rung for rung, choice in enumerate(ladder)} for ladder in ladders]
         moves = Moves(problem)
         study = optuna.create_study(direction="minimize")
         rng = np.random.default_rng(seed)
@@ -61,7 +50,8 @@ class TPESearcher(Searcher):
                 assignment = perturbed_solution(problem, log_L)
             else:
                 # The storage does not keep a sampler's state: a seed per trial makes a resumed search the same one.
-                study.sampler = optuna.samplers.TPESampler(seed=int(np.random.default_rng([seed, number]).integers(2**31)))
+                own_seed = int(np.random.default_rng([seed, number]).integers(2**31))
+                study.sampler = optuna.samplers.TPESampler(seed=own_seed)
                 trial = study.ask(distributions)
                 asked = tuple(
                     int(ladder[trial.params[layer.name]])
@@ -69,10 +59,15 @@ class TPESearcher(Searcher):
                 )
                 study.tell(trial, state=TrialState.FAIL)
                 assignment = moves.repair(asked)
-            if any(choice not in rung for choice, rung in zip(assignment, rungs, strict=True)):
-                assignment = self._on_ladder(problem, assignment, ladders)
             quality = account.evaluate(assignment)
             params = {
-                layer.name: rung[choice] for layer, rung, choice in zip(problem.layers, rungs, assignment, strict=True)
+                layer.name: _rung(problem, place, choice, ladders[place])
+                for place, (layer, choice) in enumerate(zip(problem.layers, assignment, strict=True))
             }
             study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=quality.error))
+
+
+def _rung(problem: Problem, layer: int, choice: int, ladder: IntArray) -> int:
+    """Return the place of a choice on its ladder; of one that was left out as dominated, the nearest in cost."""
+    costs_C = problem.costs_LCD[layer][:, 0]
+    return int(np.abs(costs_C[ladder] - costs_C[choice]).argmin())

@@ -6,6 +6,7 @@ from autoprune.envs.problem import Assignment, Problem, scheme
 from autoprune.search.base import Account, Searcher
 from autoprune.search.moves import Moves
 
+
 def uniform_assignments(problem: Problem) -> list[Assignment]:
     """Return for each scheme the densest uniform policy that meets the budget, by rising additive error.
 

@@ -1,31 +1,66 @@
-"""The built-in training loop: one recipe, checkpoints every epoch, and the same result after a kill."""
+"""The built-in training loop: one recipe, checkpoints every epoch, and the same result after a kill.
+
+It prunes as any loop would: a session attached to its optimizer, nothing else.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from autoprune.core.choices import Choice
 from autoprune.core.errors import RunError
-from autoprune.core.rundir import atomic_path
+from autoprune.core.policy import Policy
+from autoprune.core.rundir import atomic_path, write_text
 from autoprune.tasks.data import DataSet
 from autoprune.tasks.metrics import accuracy
+from autoprune.trainers.layers import choices_of
 from autoprune.trainers.recipe import Recipe, augment, make_optimizer
+from autoprune.trainers.schedule import TrainerError
+from autoprune.trainers.session import Session, SessionReport, attach
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """One line of a training log; accuracy in 0..1 on validation data."""
+    """One line of a training log; accuracy in 0..1 on validation data, sparsity of the policy's weights in 0..1."""
 
     epoch: int
     train_loss: float
     validation_accuracy: float
     learning_rate: float
     seconds: float
+    phase: str = "dense"
+    sparsity: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """How a training prunes: towards which policy, by which method, with which of the method's settings."""
+
+    policy: Policy | Mapping[str, Choice]
+    method: str = "clicktrain"
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def record(self) -> dict[str, object]:
+        """Return what a checkpoint is compared by."""
+        choices = {name: choice.text for name, choice in choices_of(self.policy).items()}
+        return {"policy": choices, "method": self.method, "settings": dict(self.settings)}
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A finished training: an entry an epoch, and the session's report if it pruned."""
+
+    log: list[Epoch]
+    report: SessionReport | None
 
 
 @dataclass(slots=True)
@@ -36,6 +71,16 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     log: list[Epoch]
+    session: Session | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """What a checkpoint must agree with: recipe, seed and pruning."""
+
+    recipe: Recipe
+    seed: int
+    pruning: Pruning | None
 
 
 def train(
@@ -44,37 +89,49 @@ def train(
     recipe: Recipe,
     *,
     seed: int,
+    pruning: Pruning | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
-) -> list[Epoch]:
-    """Train ``model`` in place and return its log, an entry an epoch.
+) -> Trained:
+    """Train ``model`` in place.
 
     Args:
-        model: Trained in channels-last memory format.
+        model: Trained in channels-last memory format on the device it lies on.
         data: ``train`` and ``validation`` are used.
         recipe: How.
         seed: Decides order and augmentation of every epoch, so that a resumed run sees what an unbroken one sees.
+        pruning: Towards which policy; None trains dense.
         checkpoint: Written after every epoch; an existing one is gone on from.
-        on_epoch: Called after every epoch.
+        on_epoch: Called after every epoch, those of an existing checkpoint included.
     Raises:
-        RunError: The checkpoint is damaged or of another recipe.
+        RunError: The checkpoint is damaged or of another recipe, seed or policy.
+        TrainerError: The loss became infinite or NaN, or the method's settings do not fit the epochs.
+        PolicyError: The policy is for another model.
     """
+    identity = _Identity(recipe, seed, pruning)
     model.to(memory_format=torch.channels_last)
-    state = _start(model, recipe, steps_per_epoch(data, recipe))
+    state = _start(model, data, identity)
     if checkpoint is not None and checkpoint.exists():
-        _load(checkpoint, state, recipe, seed)
-    images = data.normalize(data.validation.images)
+        _load(checkpoint, state, identity)
+        for entry in state.log:
+            on_epoch(entry)
+    device = _device(model)
+    images, labels = data.normalize(data.validation.images).to(device), data.validation.labels.to(device)
     for epoch in range(len(state.log), recipe.epochs):
         started = time.perf_counter()
+        phase = "dense" if state.session is None else state.session.phase
         loss = _train_epoch(state, data, recipe, seed * 10_007 + epoch)
-        score = accuracy(model, images, data.validation.labels)
-        rate = state.scheduler.get_last_lr()[0]
-        state.log.append(Epoch(epoch, loss, score, rate, time.perf_counter() - started))
+        if not math.isfinite(loss):
+            raise TrainerError(f"training diverged: the loss of epoch {epoch} is {loss}; lower the learning rate.")
+        score = accuracy(model, images, labels)
+        sparsity = 0.0 if state.session is None else state.session.sparsity
+        rate = float(state.scheduler.get_last_lr()[0])
+        state.log.append(Epoch(epoch, loss, score, rate, time.perf_counter() - started, phase, sparsity))
         if checkpoint is not None:
-            _save(checkpoint, state, recipe, seed)
+            _save(checkpoint, state, identity)
         on_epoch(state.log[-1])
     model.eval()
-    return state.log
+    return Trained(state.log, None if state.session is None else state.session.finalize())
 
 
 def steps_per_epoch(data: DataSet, recipe: Recipe) -> int:
@@ -82,7 +139,18 @@ def steps_per_epoch(data: DataSet, recipe: Recipe) -> int:
     return max(1, len(data.train) // recipe.batch_size)
 
 
-def _start(model: nn.Module, recipe: Recipe, steps: int) -> TrainState:
+def write_metrics(path: Path, log: list[Epoch]) -> None:
+    """Write a log as CSV, a header and a line an epoch; the whole file is replaced at once."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(column.name for column in fields(Epoch))
+    writer.writerows(astuple(entry) for entry in log)
+    write_text(path, text.getvalue())
+
+
+def _start(model: nn.Module, data: DataSet, identity: _Identity) -> TrainState:
+    recipe, pruning = identity.recipe, identity.pruning
+    steps = steps_per_epoch(data, recipe)
     optimizer = make_optimizer(model, recipe)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -91,54 +159,85 @@ def _start(model: nn.Module, recipe: Recipe, steps: int) -> TrainState:
         pct_start=recipe.rise,
         cycle_momentum=False,
     )
-    return TrainState(model, optimizer, scheduler, [])
+    state = TrainState(model, optimizer, scheduler, [])
+    if pruning is not None:
+        state.session = attach(
+            model,
+            optimizer,
+            pruning.policy,
+            steps_per_epoch=steps,
+            epochs=recipe.epochs,
+            method=pruning.method,
+            settings=pruning.settings,
+            example=data.normalize(data.validation.images[:1]),
+        )
+    return state
 
 
 def _train_epoch(state: TrainState, data: DataSet, recipe: Recipe, seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.train), generator=generator)
+    device = _device(state.model)
     state.model.train()
-    total = torch.zeros(())
+    total = torch.zeros((), device=device)
     steps = steps_per_epoch(data, recipe)
-    for step in range(steps):
-        index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        images = data.normalize(augment(data.train.images[index], recipe, generator))
-        total += _train_step(state, images, data.train.labels[index], recipe)
+    with torch.random.fork_rng():
+        # Dropout draws from the global generator; by epoch, so that a resumed run draws the same.
+        torch.manual_seed(seed)
+        for step in range(steps):
+            index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            images = data.normalize(augment(data.train.images[index], recipe, generator)).to(device)
+            total += _train_step(state, images, data.train.labels[index].to(device), recipe)
     return float(total / steps)
 
 
 def _train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         loss = nn.functional.cross_entropy(state.model(images).float(), labels)
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    torch.autograd.backward(loss)
     state.optimizer.step()
     state.scheduler.step()
     return loss.detach()
 
 
-def _save(path: Path, state: TrainState, recipe: Recipe, seed: int) -> None:
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _save(path: Path, state: TrainState, identity: _Identity) -> None:
     payload = {
-        "recipe": asdict(recipe),
-        "seed": seed,
+        "recipe": asdict(identity.recipe),
+        "seed": identity.seed,
+        "pruning": None if identity.pruning is None else identity.pruning.record(),
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "scheduler": state.scheduler.state_dict(),
+        "session": None if state.session is None else state.session.state_dict(),
         "log": [asdict(entry) for entry in state.log],
     }
-    with atomic_path(path) as temporary:
-        torch.save(payload, temporary)
-
-
-def _load(path: Path, state: TrainState, recipe: Recipe, seed: int) -> None:
     try:
-        payload = torch.load(path, weights_only=True)
-        same = payload["recipe"] == asdict(recipe) and payload["seed"] == seed
+        with atomic_path(path) as temporary:
+            torch.save(payload, temporary)
+    except (OSError, RuntimeError) as error:
+        raise RunError(f"cannot write {path} ({error}); choose another folder or free the disk.") from None
+
+
+def _load(path: Path, state: TrainState, identity: _Identity) -> None:
+    try:
+        payload = torch.load(path, weights_only=True, map_location="cpu")
+        log = [Epoch(**entry) for entry in payload["log"]]
+        found = (payload["recipe"], payload["seed"], payload.get("pruning"))
     except Exception:
         raise RunError(f"checkpoint {path} is damaged; delete it to train from the start.") from None
-    if not same:
-        raise RunError(f"checkpoint {path} is of another recipe or seed; give another --run name, or --fresh.")
+    pruning = None if identity.pruning is None else identity.pruning.record()
+    if found != (asdict(identity.recipe), identity.seed, pruning):
+        raise RunError(
+            f"checkpoint {path} is of another recipe, seed or policy; give another --run name, or --fresh to start over."
+        )
     state.model.load_state_dict(payload["model"])
     state.optimizer.load_state_dict(payload["optimizer"])
     state.scheduler.load_state_dict(payload["scheduler"])
-    state.log.extend(Epoch(**entry) for entry in payload["log"])
+    if state.session is not None:
+        state.session.load_state_dict(payload["session"])
+    state.log.extend(log)

@@ -229,6 +229,8 @@ class Session:
             self._example = args[0].detach()[:1].clone()
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _overflowed(optimizer):
+            return
         if self._example is not None:
             example, self._example = self._example, None
             self._learn_shapes(example)
@@ -237,9 +239,7 @@ class Session:
         self._mask_gradients()
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        overflow = getattr(optimizer, "found_inf", None)
-        # A fused optimizer is called even when the gradient scaler found an overflow, and then does nothing.
-        if overflow is not None and bool(overflow):
+        if _overflowed(optimizer):
             return
         self._count_step()
         if self.method.after_step(self.steps):
@@ -296,3 +296,9 @@ class Session:
             for value in self.optimizer.state.get(layer.parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == layer.parameter.shape:
                     value.mul_(layer.factor)
+
+
+def _overflowed(optimizer: Optimizer) -> bool:
+    """Whether the step will do nothing: a fused optimizer is called even when the gradient scaler found an overflow."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)

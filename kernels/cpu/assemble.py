@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from autoprune.core.layers import LayerSpec
-from autoprune.kernels.cpu.layout import PlaneLayout, Strides, cover_map, plan_planes, round_up, tap_shift
+from autoprune.kernels.cpu.layout import Strides, cover_map, round_up
+from autoprune.kernels.cpu.planes import PlaneLayout, plan_planes
 from autoprune.kernels.cpu.memory import Buffer, Memory
 from autoprune.kernels.cpu.rows import Field, Op
 from autoprune.kernels.cpu.shapes import BLOCK_TILES, CSR_TILES, LANES, vector_registers
@@ -207,8 +208,8 @@ def _csr(conv: Conv, memory: Memory, work: Work) -> tuple[list[Row], int]:
         Field.CHANNELS: conv.x.channels,
         Field.VECTORS: int(strides.pixel % 64 == 0),
     }
-    unroll = max(CSR_TILES[tile[0]].unroll for tile in layout.tiles)
-    pointers, entries = _entries(layer, packed, layout, unroll)
+    step = max(CSR_TILES[tile[0]].step for tile in layout.tiles)
+    pointers, entries = _entries(layer, packed, layout, step)
     tiles, pixels = _csr_tiles(conv, layout)
     row = _target(Op.CSR, conv.out, memory) | _epilogue(conv, memory)
     row |= {
@@ -232,9 +233,9 @@ def _csr(conv: Conv, memory: Memory, work: Work) -> tuple[list[Row], int]:
 def _sources(conv: Conv, layout: PlaneLayout, strides: Strides) -> npt.NDArray[np.int32]:
     """Return the byte offset in its image of the pixel that every plane position holds."""
     layer, x = conv.layer, conv.x
-    row, col = np.divmod(np.arange(layout.phase_positions), layout.width)
     offsets = []
-    for down, right in layout.phases:
+    for down, right, lead in layout.planes:
+        row, col = np.divmod(np.arange(layout.positions) + lead, layout.width)
         i = row * layer.stride[0] + down - layer.padding[0]
         j = col * layer.stride[1] + right - layer.padding[1]
         inside = (i >= 0) & (i < x.height) & (j >= 0) & (j < x.width)
@@ -244,32 +245,28 @@ def _sources(conv: Conv, layout: PlaneLayout, strides: Strides) -> npt.NDArray[n
 
 
 def _entries(
-    layer: LayerSpec, packed: CSR, layout: PlaneLayout, unroll: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.generic]]:
-    """Return int32 pointers and {offset, weight} entries, sorted by filter and falling column shift.
+    layer: LayerSpec, packed: CSR, layout: PlaneLayout, step: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Return int32 pointers and pairs {two byte offsets, two weights}, sorted by filter and falling column shift.
 
-    Groups are filled up to a multiple of ``unroll`` with weights of zero.
+    Groups are filled up to a multiple of ``step`` entries with weights of zero.
     """
     filters = round_up(packed.shape[0], LANES)
     channel, tap = np.divmod(packed.positions, layer.window[0] * layer.window[1])
-    taps = [tap_shift(layer, *divmod(t, layer.window[1])) for t in range(layer.window[0] * layer.window[1])]
-    phase = np.array([layout.phases.index(p) for p, _ in taps])[tap]
-    down, right = np.array([shift for _, shift in taps]).reshape(-1, 2)[tap].T
-    horner = layout.shifts > 1
-    position = phase * layout.phase_positions + down * layout.width + (0 if horner else right)
-    offset = channel * layout.channel_bytes + 4 * position
+    places = [layout.place(layer, *divmod(t, layer.window[1])) for t in range(layer.window[0] * layer.window[1])]
+    plane, move, shift = np.array(places).reshape(-1, 3)[tap].T
+    offset = channel * layout.channel_bytes + 4 * (plane * layout.positions + move)
     group = np.repeat(np.arange(packed.shape[0]), np.diff(packed.row_ptr)) * layout.shifts
-    group += layout.shifts - 1 - right if horner else 0
+    group += layout.shifts - 1 - shift
     count = np.bincount(group, minlength=filters * layout.shifts)
-    room = -(-count // unroll) * unroll
-    pointers = np.concatenate([[0], np.cumsum(room)])
-    entries = aligned((max(int(pointers[-1]), 1),), np.dtype([("offset", np.int32), ("weight", np.float32)]))
+    pointers = np.concatenate([[0], np.cumsum(-(-count // step) * step)])
     order = np.lexsort((offset, group))
     start = np.concatenate([[0], np.cumsum(count)])[:-1]
-    place = pointers[group[order]] + np.arange(len(order)) - start[group[order]]
-    entries["offset"][place] = offset[order]
-    entries["weight"][place] = packed.values[order]
-    return pointers.astype(np.int32), entries
+    index = pointers[group[order]] + np.arange(len(order)) - start[group[order]]
+    pairs = aligned((max(int(pointers[-1]) // 2, 1), 2, 2), np.int32)
+    pairs[index // 2, 0, index % 2] = offset[order]
+    pairs[index // 2, 1, index % 2] = packed.values[order].view(np.int32)
+    return pointers.astype(np.int32), pairs  # type: ignore[return-value]
 
 
 def _csr_tiles(conv: Conv, layout: PlaneLayout) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:

@@ -105,33 +105,34 @@ def loop(
     return results
 
 
-def transpose(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
-    """Return the 16 columns of 16 vectors, in the four shuffle stages that x86 has instructions for."""
-
-    def unpack(x: ir.Value, y: ir.Value, width: int, high: bool) -> ir.Value:
-        lanes = []
-        for quarter in range(0, LANES, 4):
-            start = quarter + (2 if high else 0)
-            lanes += [start, start + 16, start + 1, start + 17] if width == 1 else [start, start + 1, start + 16, start + 17]
-        return shuffle(b, x, y, lanes)
-
-    def quarters(x: ir.Value, y: ir.Value, odd: int) -> ir.Value:
-        picks = [odd, odd + 2, odd + 4, odd + 6]
-        return shuffle(b, x, y, [4 * q + k for q in picks for k in range(4)])
-
+def load_transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
+    """Return the 16 columns of the 16 vectors at the addresses ``rows``, in the four stages x86 has shuffles for."""
+    vectors = [load(b, row) for row in rows]
     fours: list[list[ir.Value]] = []
     for g in range(0, LANES, 4):
-        low = [unpack(rows[g], rows[g + 1], 1, False), unpack(rows[g + 2], rows[g + 3], 1, False)]
-        high = [unpack(rows[g], rows[g + 1], 1, True), unpack(rows[g + 2], rows[g + 3], 1, True)]
-        fours.append([unpack(*pair, 2, up) for pair in (low, high) for up in (False, True)])
-    columns: list[Any] = [None] * LANES
-    for k in range(4):  # fours[g][k] holds rows 4g…4g+3 of the columns k, k+4, k+8, k+12
+        pairs = [_unpack(b, vectors[g + i], vectors[g + i + 1], 1, high) for i in (0, 2) for high in (False, True)]
+        fours.append([_unpack(b, pairs[h], pairs[h + 2], 2, high) for h in (0, 1) for high in (False, True)])
+    columns: list[ir.Value] = [ZERO] * LANES
+    for k in range(4):  # fours[g][k] holds rows 4g … 4g+3 of the columns k, k + 4, k + 8, k + 12
         for odd in (0, 1):
-            left = quarters(fours[0][k], fours[1][k], odd)
-            right = quarters(fours[2][k], fours[3][k], odd)
-            columns[k + 4 * odd] = quarters(left, right, 0)
-            columns[k + 4 * odd + 8] = quarters(left, right, 1)
+            left = _quarters(b, fours[0][k], fours[1][k], odd)
+            right = _quarters(b, fours[2][k], fours[3][k], odd)
+            columns[k + 4 * odd] = _quarters(b, left, right, 0)
+            columns[k + 4 * odd + 8] = _quarters(b, left, right, 1)
     return columns
+
+
+def _quarters(b: ir.IRBuilder, x: ir.Value, y: ir.Value, odd: int) -> ir.Value:
+    """Return every second quarter of ``x`` and ``y``, even or odd ones."""
+    return shuffle(b, x, y, [4 * quarter + k for quarter in (odd, odd + 2, odd + 4, odd + 6) for k in range(4)])
+
+
+def _unpack(b: ir.IRBuilder, x: ir.Value, y: ir.Value, width: int, high: bool) -> ir.Value:
+    """Interleave elements of ``width`` lanes from the low or high halves of the quarters of ``x`` and ``y``."""
+    lanes = []
+    for start in range(2 if high else 0, LANES, 4):
+        lanes += [start, start + 16, start + 1, start + 17] if width == 1 else [start, start + 1, start + 16, start + 17]
+    return shuffle(b, x, y, lanes)
 
 
 def kernel(n_args: int, result: types.Type = types.void) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

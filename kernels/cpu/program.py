@@ -282,14 +282,20 @@ class Program:
 
     def _recruit(self) -> Team:
         """Start a team; also after a fork, which copies no threads and may copy a half-open barrier."""
-        if self._memory is None:
-            raise ModelError("program: call finish() before running it.")
+        memory = self.memory
         self._control = aligned((control_size(self.threads),), np.int64)
         for field, value in self._control_values.items():
             self._control[field] = value
-        self._team = Team(self._control, (self._memory,))
+        self._team = Team(self._control, (memory,))
         weakref.finalize(self, self._team.stop)
         return self._team
+
+    @property
+    def memory(self) -> Memory:
+        """The buffers of the finished program, for looking into and for filling by hand."""
+        if self._memory is None:
+            raise ModelError("program: call finish() first; buffers have no memory before.")
+        return self._memory
 
     @property
     def weight_bytes(self) -> int:

@@ -19,10 +19,15 @@ class BlockTile(NamedTuple):
 
 
 class CsrTile(NamedTuple):
-    """Shape of a CSR tile: vectors of 16 pixels, and entries in flight."""
+    """Shape of a CSR tile: vectors of 16 pixels, and sets of sums that entries take in turn."""
 
     vectors: int
     unroll: int
+
+    @property
+    def step(self) -> int:
+        """Entries that the loop takes at a time; they are stored in pairs."""
+        return max(2, self.unroll)
 
 
 # Two flight paths of 4 cycles each want 8 independent sums; narrow tiles get them by unrolling.

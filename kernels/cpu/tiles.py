@@ -35,6 +35,10 @@ from autoprune.kernels.cpu.rows import Field
 from autoprune.kernels.cpu.shapes import LANES, VECTOR_BYTES, BlockTile, CsrTile
 
 
+PAIR = ir.VectorType(F32, 2)
+LANE_NUMBERS = ir.VectorType(I32, LANES)
+
+
 def field(b: ir.IRBuilder, row: ir.Value, name: Field) -> ir.Value:
     """Return a field of the instruction row at address ``row``."""
     return load(b, b.add(row, i64(8 * name)), I64, 8)
@@ -129,7 +133,7 @@ def csr_tile(tile: CsrTile) -> Callable[..., Any]:
     """Return the intrinsic ``f(planes, entries, pointers, shifts, out)``: one filter on ``16 · vectors`` positions.
 
     ``planes`` is the address of the tile's first position in plane 0; ``pointers`` of the filter's int32[shifts + 1].
-    Every group's entry count is a multiple of ``unroll``.
+    Entries are pairs {two int32 byte offsets, two float32 weights}; every group holds a multiple of ``step`` of them.
     """
     size = tile.vectors
 
@@ -145,18 +149,23 @@ def csr_tile(tile: CsrTile) -> Callable[..., Any]:
             last = b.sext(load(b, b.add(here, i64(4)), I32), I64)
             start = b.add(entries, b.shl(first, i64(3)))
 
-            def entry(step: ir.Value, now: list[ir.Value]) -> list[ir.Value]:
-                place = b.add(start, b.mul(step, i64(8 * tile.unroll)))
-                new: list[ir.Value] = []
-                for u in range(tile.unroll):
-                    base = b.add(planes, b.sext(load(b, b.add(place, i64(8 * u)), I32), I64))
-                    weight = splat(b, load(b, b.add(place, i64(8 * u + 4)), F32))
+            def pairs(step: ir.Value, now: list[ir.Value]) -> list[ir.Value]:
+                new = list(now)
+                for number in range(tile.step):
+                    if number % 2 == 0:
+                        place = b.add(start, b.add(b.mul(step, i64(8 * tile.step)), i64(8 * number)))
+                        offsets, weights = load(b, place, I64, 8), load(b, b.add(place, i64(8)), PAIR, 8)
+                    # One load for two offsets, one for two weights: loads are what this loop is short of.
+                    offset = b.lshr(offsets, i64(32)) if number % 2 else b.and_(offsets, i64(0xFFFFFFFF))
+                    weight = b.shuffle_vector(weights, weights, ir.Constant(LANE_NUMBERS, [number % 2] * LANES))
+                    chain = size * (number % tile.unroll)
                     for v in range(size):
-                        new.append(fma(b, load(b, b.add(base, i64(VECTOR_BYTES * v))), weight, now[len(new)]))
+                        value = load(b, b.add(b.add(planes, offset), i64(VECTOR_BYTES * v)))
+                        new[chain + v] = fma(b, value, weight, new[chain + v])
                 return new
 
-            count = b.sdiv(b.sub(last, first), i64(tile.unroll))
-            return _total(b, loop(b, count, sums + [ZERO] * (size * (tile.unroll - 1)), entry), size)
+            count = b.sdiv(b.sub(last, first), i64(tile.step))
+            return _total(b, loop(b, count, sums + [ZERO] * (size * (tile.unroll - 1)), pairs), size)
 
         sums = loop(b, shifts, [ZERO] * size, group)
         for v, total in enumerate(sums):

@@ -18,11 +18,11 @@ from autoprune.kernels.cpu.emit import (
     i64,
     kernel,
     load,
+    load_transposed,
     loop,
     pointer,
     splat,
     store,
-    transpose,
 )
 from autoprune.kernels.cpu.shapes import LANES, VECTOR_BYTES
 
@@ -95,7 +95,7 @@ def pool_vector(
 def gather_transposed(b: ir.IRBuilder, out: ir.Value, out_bytes: ir.Value, x: ir.Value, pixels: ir.Value) -> None:
     """Write 16 channels of the 16 pixels at byte offsets ``pixels`` (int32) as 16 rows, ``out_bytes`` apart."""
     offsets = [b.sext(load(b, b.add(pixels, i64(4 * k)), I32), I64) for k in range(LANES)]
-    columns = transpose(b, [load(b, b.add(x, offset)) for offset in offsets])
+    columns = load_transposed(b, [b.add(x, offset) for offset in offsets])
     for k, column in enumerate(columns):
         store(b, column, b.add(out, b.mul(out_bytes, i64(k))), VECTOR_BYTES)
 
@@ -109,7 +109,7 @@ def scatter_transposed(
 
     Bias (16 channels), residual (``res`` = 0: none) and floor are applied on the way.
     """
-    columns = transpose(b, [load(b, b.add(x, b.mul(x_bytes, i64(k))), align=VECTOR_BYTES) for k in range(LANES)])
+    columns = load_transposed(b, [b.add(x, b.mul(x_bytes, i64(k))) for k in range(LANES)])
     start = load(b, bias)
     floor = floor_of(b, relu)
     has_residual = b.icmp_signed("!=", res, i64(0))

@@ -1,0 +1,279 @@
+"""The command line: flags reach the engine, every error is one line and an exit code, stdout stays clean."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from autoprune.cli.main import run as cli
+from autoprune.cli.progress import Bars, Lines, make_progress, steps
+from autoprune.core.errors import AutopruneError, InfeasibleBudget, MeasurementError
+from autoprune.core.policy import Policy
+from autoprune.core.progress import Progress
+from autoprune.core.result import Result
+from autoprune.core.rundir import RunDir, write_text
+from autoprune.report.summary import verdict
+from autoprune.search.config import SearchConfig
+
+_ROOT = Path(__file__).parent.parent
+Search = Callable[[SearchConfig, Progress], Result]
+
+
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch, result: Result, policy: Policy) -> list[SearchConfig]:
+    """Replace the search by one that only writes the fixture's result; returns the configurations it was given."""
+    asked: list[SearchConfig] = []
+
+    def run_search(config: SearchConfig, progress: Progress) -> Result:
+        asked.append(config)
+        progress.stage("search", 2)
+        progress.advance(2)
+        folder = RunDir.open(config.runs_dir, config.name, config.resolved())
+        result.save(folder.result)
+        policy.save(folder.policy)
+        return result
+
+    monkeypatch.setattr("autoprune.search.pipeline.run_search", run_search)
+    return asked
+
+
+def _fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def run_search(config: SearchConfig, progress: Progress) -> Result:
+        progress.stage("search", 2)
+        raise error
+
+    monkeypatch.setattr("autoprune.search.pipeline.run_search", run_search)
+
+
+def test_every_flag_reaches_the_search(searched: list[SearchConfig], tmp_path: Path) -> None:
+    flags = {
+        "budget": "latency=50%",
+        "model": "vgg11",
+        "data": "other",
+        "data-dir": "d",
+        "agent": "tpe",
+        "space": "s.yaml",
+        "table": "t.json",
+        "evaluations": "7",
+        "batch": "4",
+        "threads": "2",
+        "seed": "3",
+        "device": "cpu",
+        "run": "mine",
+        "runs-dir": str(tmp_path),
+    }
+    argv = ["search", "--fresh", *(part for name, value in flags.items() for part in (f"--{name}", value))]
+    assert cli(argv) == 0
+    assert searched == [
+        SearchConfig(
+            budget="latency=50%",
+            model="vgg11",
+            data="other",
+            data_dir=Path("d"),
+            agent="tpe",
+            space="s.yaml",
+            table=Path("t.json"),
+            evaluations=7,
+            batch=4,
+            threads=2,
+            seed=3,
+            device="cpu",
+            run="mine",
+            runs_dir=tmp_path,
+            fresh=True,
+        )
+    ]
+
+
+def test_defaults_are_the_configurations_own(searched: list[SearchConfig], tmp_path: Path) -> None:
+    assert cli(["search", "--budget", "latency=50%", "--runs-dir", str(tmp_path)]) == 0
+    assert searched == [SearchConfig(budget="latency=50%", runs_dir=tmp_path)]
+
+
+def test_closing_table_shows_rows_verdict_and_files(
+    searched: list[SearchConfig], tmp_path: Path, result: Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(["search", "--budget", "latency=50%", "--run", "one", "--runs-dir", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    for row in result.rows:
+        assert any(line.lstrip().startswith(row.name) for line in out.splitlines())
+    assert verdict(result) in " ".join(out.split())
+    for name in result.references:
+        assert name in out
+    for path in (tmp_path / "one" / "policy.json", tmp_path / "one" / "report.html"):
+        assert str(path) in out
+        assert path.is_file()
+    assert "weights.safetensors" not in out
+    assert err.startswith("search: started, 2 steps\nsearch: done in ")
+
+
+def test_json_is_one_object_alone_on_stdout(
+    searched: list[SearchConfig], tmp_path: Path, result: Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(["search", "--budget", "latency=50%", "--json", "--runs-dir", str(tmp_path)]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["met"] is True
+    assert record["references"] == result.references
+    assert [row["name"] for row in record["rows"]] == [row.name for row in result.rows]
+    assert Path(record["paths"]["policy"]).is_file()
+
+
+def test_missed_budget_exits_1_with_its_report(
+    monkeypatch: pytest.MonkeyPatch,
+    searched: list[SearchConfig],
+    tmp_path: Path,
+    result: Result,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(result, "met", False)
+    assert cli(["search", "--budget", "latency=50%", "--run", "one", "--runs-dir", str(tmp_path)]) == 1
+    assert "The budget is missed" in capsys.readouterr().out
+    assert (tmp_path / "one" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (AutopruneError("no such thing."), 2, "autoprune: no such thing."),
+        (InfeasibleBudget("latency 120us; the least\nis 143us."), 3, "autoprune: latency 120us; the least is 143us."),
+        (MeasurementError("too noisy."), 1, "autoprune: too noisy."),
+        (ValueError("odd"), 1, "autoprune: unexpected ValueError: odd. Run it again with --debug for the traceback."),
+        (KeyboardInterrupt(), 130, "autoprune: interrupted; the same command resumes where it stopped."),
+    ],
+)
+def test_every_error_is_one_line_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    _fail_with(monkeypatch, error)
+    assert cli(["search", "--budget", "latency=50%"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[2:] == [line]
+    assert err.startswith("search: started")
+
+
+@pytest.mark.parametrize("error", [AutopruneError("no such thing."), ValueError("odd")])
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    _fail_with(monkeypatch, error)
+    assert cli(["search", "--budget", "latency=50%", "--debug"]) == getattr(error, "exit_code", 1)
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["search"], "Missing option '--budget'. See: autoprune search --help"),
+        (["search", "--budget", "latency=50"], "add a unit: 'latency=50%'"),
+        (["search", "--budget", "latency=50%", "--batch", "0"], "--batch"),
+        (["search", "--budget", "latency=50%", "--bogus"], "--bogus"),
+        (["serch"], "serch"),
+        (["lut", "sow"], "sow"),
+        (["lut", "show", "absent.json"], "absent.json: cannot be read"),
+        (["bench", "--policy", "absent.json"], "absent.json: cannot be read"),
+        (["train", "--policy", "absent.json"], "absent.json: cannot be read"),
+        (["lut", "build", "--device", "tpu"], "--device"),
+        (["search", "--budget", "latency=50%", "--device", "tpu"], "--device"),
+        (["search", "--budget", "latency=50%", "--agent", "tpee"], "Did you mean 'tpe'?"),
+        (["report", "absent"], "no run 'absent'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str], part: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("autoprune: ")
+    assert part in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_arguments_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli([]) == 2
+    assert "search" in "".join(capsys.readouterr())
+
+
+def test_report_is_written_again(run: RunDir, result: Result, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["report", "made-up", "--runs-dir", str(run.path.parent)]) == 0
+    assert run.report.is_file()
+    assert verdict(result) in " ".join(capsys.readouterr().out.split())
+
+
+def test_reader_that_leaves_early_is_no_error(run: RunDir) -> None:
+    command = [sys.executable, "-m", "autoprune.cli.main", "report", str(run.path)]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(command, cwd=_ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+def test_ctrl_c_exits_130_and_says_how_to_go_on() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "import autoprune.search.pipeline as pipeline\n"
+        "pipeline.run_search = lambda config, progress: os.kill(os.getpid(), signal.SIGINT)\n"
+        "from autoprune.cli.main import run\n"
+        "sys.exit(run(['search', '--budget', 'latency=50%']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr == "autoprune: interrupted; the same command resumes where it stopped.\n"
+
+
+def test_plain_progress_is_a_line_per_stage() -> None:
+    stream = io.StringIO()
+    progress = make_progress(stream)
+    assert isinstance(progress, Lines)
+    tell = steps(progress, "table")
+    tell(3, 10)
+    tell(10, 10)
+    progress.note("a note")
+    progress.stage("search")
+    progress.finish()
+    progress.finish()
+    lines = [line.split(" in ")[0] for line in stream.getvalue().splitlines()]
+    assert lines == ["table: started, 10 steps", "a note", "table: done", "search: started", "search: done"]
+    assert stream.getvalue().splitlines()[2].endswith(", 10 steps")
+
+
+def test_bars_show_stages_notes_and_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    progress = make_progress()
+    assert isinstance(progress, Bars)
+    progress.stage("table", 4)
+    progress.advance(3)
+    progress.note("[a note]")
+    progress.stage("search")
+    progress.advance()
+    progress.finish()
+    progress.finish()
+    out, err = capsys.readouterr()
+    assert out == ""
+    for part in ("table", "search", "[a note]", "3/3", "1/1"):
+        assert part in err
+
+
+def test_table_of_another_run_survives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "table.json"
+    write_text(table, "kept")
+    assert cli(["lut", "build", "--out", str(table)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert table.read_text() == "kept"

@@ -1,0 +1,78 @@
+"""Least-squares compensation against a solve of each row on its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from autoprune.sparsity.compensate import compensate, damped, saliency
+
+FILTERS, INPUTS = 24, 45
+
+
+def _moments(seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(INPUTS, INPUTS, generator=generator)
+    rows = torch.randn(2000, INPUTS, generator=generator) @ mixing
+    return rows.T @ rows / len(rows)
+
+
+def _naive(weight: torch.Tensor, mask: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    result = torch.zeros_like(weight, dtype=torch.float64)
+    for row in range(len(weight)):
+        kept = mask[row].nonzero().squeeze(1)
+        if len(kept):
+            target = (weight[row].double() @ matrix)[kept]
+            result[row, kept] = torch.linalg.solve(matrix[kept][:, kept], target)
+    return result
+
+
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("shared", [False, True])
+def test_compensated_weights_are_the_least_squares_solution_of_every_row(density: float, shared: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(FILTERS, INPUTS, generator=generator)
+    mask = torch.rand(FILTERS, INPUTS, generator=generator) < density
+    if shared:
+        mask = mask[::8].repeat_interleave(8, 0)
+    matrix = damped(_moments())
+    got = compensate(weight, mask, matrix, torch.linalg.inv(matrix))
+    torch.testing.assert_close(got.double(), _naive(weight, mask, matrix), rtol=2e-4, atol=2e-4)
+    assert not got[~mask].any()
+
+
+def test_compensation_lowers_the_output_error_of_plain_masking() -> None:
+    weight = torch.randn(FILTERS, INPUTS, generator=torch.Generator().manual_seed(2))
+    mask = weight.abs() > weight.abs().median()
+    matrix = damped(_moments())
+
+    def error(new: torch.Tensor) -> float:
+        difference = (new - weight).double()
+        return float(((difference @ matrix) * difference).sum())
+
+    got = compensate(weight, mask, matrix, torch.linalg.inv(matrix))
+    assert error(got) < 0.5 * error(weight * mask)
+
+
+def test_saliency_is_the_error_of_removing_one_weight() -> None:
+    weight = torch.randn(2, INPUTS, generator=torch.Generator().manual_seed(3))
+    matrix = damped(_moments())
+    inverse = torch.linalg.inv(matrix)
+    score = saliency(weight, inverse)
+    for position in (0, 7, INPUTS - 1):
+        mask = torch.ones(2, INPUTS, dtype=torch.bool)
+        mask[:, position] = False
+        difference = (compensate(weight, mask, matrix, inverse) - weight).double()
+        torch.testing.assert_close(
+            ((difference @ matrix) * difference).sum(1).float(), score[:, position], rtol=1e-2, atol=1e-4
+        )
+
+
+def test_dead_inputs_do_not_break_the_solve() -> None:
+    moments = _moments()
+    moments[3] = 0.0
+    moments[:, 3] = 0.0
+    matrix = damped(moments)
+    weight = torch.randn(FILTERS, INPUTS, generator=torch.Generator().manual_seed(4))
+    mask = torch.rand(FILTERS, INPUTS, generator=torch.Generator().manual_seed(5)) < 0.4
+    assert torch.isfinite(compensate(weight, mask, matrix, torch.linalg.inv(matrix))).all()

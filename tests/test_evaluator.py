@@ -1,0 +1,164 @@
+"""Stitching, recalibration, folding and prefix caching against plain runs of the same network."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from autoprune.core.choices import Block, Dense, Fine, Pattern
+from autoprune.core.errors import RunError
+from autoprune.envs.database import LayerDatabase, build_database, measure_moments
+from autoprune.envs.evaluator import Evaluator, divergence
+from autoprune.envs.network import StitchedNetwork, norm_of_each_conv, recalibrate
+from autoprune.envs.prefix import PrefixCache
+from autoprune.search_spaces.trace import trace
+from autoprune.tasks.metrics import evaluate_logits, top1
+from autoprune.tasks.task import Task, load_task
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task("resnet20", "fashion-mnist")
+
+
+@pytest.fixture(scope="module")
+def calibration(task: Task) -> torch.Tensor:
+    return task.data.normalize(task.data.train.images[:250])
+
+
+@pytest.fixture(scope="module")
+def images(task: Task) -> torch.Tensor:
+    return task.data.normalize(task.data.validation.images[:250])
+
+
+@pytest.fixture(scope="module")
+def options(task: Task) -> dict:
+    layers = {layer.name: layer for layer in trace(task.model, task.example)}
+    chosen = (Dense(), Block(0.5), Fine(0.25), Fine(0.0625), Pattern(8, 4, 0.5, (1, 1)))
+    return {layers[name]: chosen for name in ("layer1.0.conv2", "layer2.1.conv1", "layer3.2.conv2")}
+
+
+@pytest.fixture(scope="module")
+def database(task: Task, options: dict, calibration: torch.Tensor) -> LayerDatabase:
+    return build_database(task.model, options, calibration)
+
+
+def test_every_convolution_is_paired_with_its_norm(task: Task) -> None:
+    pairs = norm_of_each_conv(task.model, task.example)
+    assert pairs["layer2.0.shortcut.0"] == "layer2.0.shortcut.1"
+    assert len(pairs) == 21
+
+
+def test_the_folded_network_gives_the_models_own_logits(
+    task: Task, calibration: torch.Tensor, images: torch.Tensor
+) -> None:
+    network = StitchedNetwork(task.model, calibration)
+    network.load({})
+    network.fold()
+    want = evaluate_logits(task.model, images)
+    got = network.logits(images)
+    # bfloat16 rounds logits to three digits
+    assert float((got - want).abs().mean()) < 0.1
+    assert float((got.argmax(1) == want.argmax(1)).float().mean()) > 0.98
+
+
+def test_recalibration_sets_the_statistics_of_the_images_and_nothing_else(
+    task: Task, calibration: torch.Tensor
+) -> None:
+    model = copy.deepcopy(task.model)
+    recalibrate(model, calibration, batch=250)
+    x = model.conv1(calibration)  # type: ignore[operator]
+    torch.testing.assert_close(model.bn1.running_mean, x.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)  # type: ignore[union-attr]
+    torch.testing.assert_close(model.bn1.running_var, x.var((0, 2, 3)), rtol=1e-3, atol=1e-4)  # type: ignore[union-attr]
+    assert torch.equal(model.conv1.weight, task.model.conv1.weight)  # type: ignore[union-attr,arg-type]
+    assert not model.training
+    assert model.bn1.momentum == task.model.bn1.momentum  # type: ignore[union-attr]
+
+
+def test_sampled_moments_are_those_of_all_positions(task: Task, images: torch.Tensor) -> None:
+    layers = {layer.name: layer for layer in trace(task.model, task.example)}
+    layer = layers["layer3.1.conv1"]
+    got = measure_moments(task.model, [layer], images)[layer.name]
+    seen: list[torch.Tensor] = []
+    module = task.model.get_submodule(layer.name)
+    handle = module.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    evaluate_logits(task.model, images)
+    handle.remove()
+    rows = nn.functional.unfold(torch.cat(seen), 3, padding=1).transpose(1, 2).reshape(-1, layer.weights // 64)
+    torch.testing.assert_close(got.second_DD, rows.T @ rows / len(rows), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got.mean_D, rows.mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_prefix_caching_gives_the_logits_of_a_whole_run(
+    task: Task, database: LayerDatabase, options: dict, calibration: torch.Tensor, images: torch.Tensor
+) -> None:
+    network = StitchedNetwork(task.model, calibration)
+    network.load({})
+    network.fold()
+    cache = PrefixCache(network.folded, network.to_native(images), [layer.name for layer in options])
+    for layer in options:
+        network.load({layer.name: database.weight(layer.name, Fine(0.25))})
+        network.fold()
+        assert torch.equal(cache.logits(layer.name), network.logits(images))
+
+
+def test_prefix_caching_runs_untraceable_networks_whole(images: torch.Tensor) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x).mean((2, 3)) if x.sum() > -1e9 else x
+
+    model = Branching().eval()
+    with torch.inference_mode():
+        assert torch.allclose(PrefixCache(model, images, ["conv"]).logits("conv"), model(images), atol=1e-6)
+
+
+def test_single_layer_errors_grow_with_sparsity_and_are_zero_for_dense(
+    task: Task, database: LayerDatabase, options: dict, calibration: torch.Tensor, images: torch.Tensor
+) -> None:
+    labels = task.data.validation.labels[:250]
+    evaluator = Evaluator(StitchedNetwork(task.model, calibration), database, images, labels)
+    for row in evaluator.single_errors(options, 250):
+        assert row[0] == 0.0
+        assert (row[1:] > 0.0).all()
+        assert row[3] > row[2]
+
+
+def test_quality_of_the_dense_policy_is_near_dense_and_of_a_pruned_one_deterministic(
+    task: Task, database: LayerDatabase, calibration: torch.Tensor, images: torch.Tensor
+) -> None:
+    labels = task.data.validation.labels[:250]
+    evaluator = Evaluator(StitchedNetwork(task.model, calibration), database, images, labels)
+    dense = evaluator.quality({})
+    assert abs(dense.accuracy - top1(evaluate_logits(task.model, images), labels)) <= 0.02
+    policy = {"layer2.1.conv1": Fine(0.0625), "layer3.2.conv2": Block(0.5)}
+    first, second = evaluator.quality(policy), evaluator.quality(policy)
+    assert first.error == second.error
+    assert first.error > dense.error
+
+
+def test_database_survives_a_round_trip_and_a_damaged_one_is_refused(database: LayerDatabase, tmp_path: Path) -> None:
+    path = tmp_path / "database.safetensors"
+    database.save(path)
+    loaded = LayerDatabase.load(path)
+    assert loaded.weights.keys() == database.weights.keys()
+    assert all(torch.equal(tensor, loaded.weights[key]) for key, tensor in database.weights.items())
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(RunError, match="damaged"):
+        LayerDatabase.load(path)
+
+
+def test_divergence_is_zero_for_equal_and_the_textbook_value_otherwise() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1.0]])
+    assert divergence(logits, logits) == pytest.approx(0.0, abs=1e-12)
+    p, q = np.array([0.5, 0.5]), np.array([0.9, 0.1])
+    want = float((p * np.log(p / q)).sum())
+    assert divergence(torch.tensor(np.log(p))[None], torch.tensor(np.log(q))[None]) == pytest.approx(want)
