@@ -24,7 +24,7 @@ from autoprune.kernels.deployed import Decision, DeployedModel, NestedModel, Pla
 from autoprune.kernels.modules import LayerKernel, ProgramLayer
 from autoprune.kernels.plan import KernelName, build_plan, kernel_for
 from autoprune.kernels.plan_ops import PlanRefusal, layer_spec, padding_of
-from autoprune.kernels.plan_trace import eval_view
+from autoprune.kernels.plan_record import eval_view
 
 __all__ = ["DeployedModel", "LatencyRows", "NestedModel", "PlannedModel", "convert"]
 

@@ -13,17 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.core.errors import ModelError
+from autoprune.kernels.cpu.program import Program
 from autoprune.kernels.modules import FrozenModule, check_input
 from autoprune.kernels.plan import Plan
-from autoprune.kernels.plan_ops import PlanRefusal
+from autoprune.kernels.plan_ops import PlanRefusal, Value
 
-# Samples a program takes at once: enough to reuse weights, few enough for its activations to stay in cache.
-_TILE = 32
-
-
-def tile_of(batch: int) -> int:
-    """Return how many samples of a batch one program run takes; larger batches are runs one after another."""
-    return min(batch, _TILE)
+# A larger batch is run in parts: its maps would take memory and no longer fit a cache.
+_MOST_IMAGES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +74,9 @@ class PlannedModel(DeployedModel):
     def __init__(self, plan: Plan, decisions: tuple[Decision, ...], example: Tensor) -> None:
         super().__init__(decisions, example)
         self.plan = plan
+        flat = (plan.output.channels,)
+        whole = flat if (plan.output.height, plan.output.width) == (1, 1) else _shape(plan.output)
+        self._is_shaped = plan.output_shape == whole
         for op in plan.convs:
             self.register_buffer(_key(op.name, "weight"), op.weight_KCRS.clone())
             self.register_buffer(_key(op.name, "bias"), None if op.bias_K is None else op.bias_K.clone())
@@ -90,6 +89,14 @@ class PlannedModel(DeployedModel):
         Raises:
             ModelError: Another shape, dtype or device.
         """
+        last = self.programs.last
+        if last is not None and x.shape == last[0] and x.is_cpu:
+            # The same shape as before, as in serving: straight to the program, which checks the dtype itself.
+            result = last[1].run(x)
+            return result if self._is_shaped else result.reshape(-1, *self.plan.output_shape)
+        return self._run_any(x)
+
+    def _run_any(self, x: Tensor) -> Tensor:
         check_input(x)
         if x.shape[1:] != self.example.shape[1:]:
             raise ModelError(
@@ -97,19 +104,15 @@ class PlannedModel(DeployedModel):
                 f"{tuple(x.shape)}; convert the model again with an example of that shape."
             )
         batch, plan = int(x.shape[0]), self.plan
-        x = x.detach().reshape(batch, plan.input.channels, plan.input.height, plan.input.width)
-        with self.programs.lock, torch.no_grad():
-            if 0 < batch <= _TILE:
-                return self._run(x).reshape(batch, *plan.output_shape)
-            out = torch.empty((batch, *plan.output_shape))
-            for start in range(0, batch, _TILE):
-                part = self._run(x[start : start + _TILE])
-                out[start : start + _TILE] = part.reshape(-1, *plan.output_shape)
-            return out
+        x = x.detach().reshape(batch, *_shape(plan.input))
+        out = torch.empty((batch, *plan.output_shape))
+        for start in range(0, batch, _MOST_IMAGES):
+            part = x[start : start + _MOST_IMAGES]
+            out[start : start + _MOST_IMAGES] = self._program(part).run(part).reshape(-1, *plan.output_shape)
+        return out
 
-    def _run(self, x: Tensor) -> Tensor:
-        batch = int(x.shape[0])
-        return self.programs.get(batch, lambda: self.plan.program(batch, self._weights())).run(x)
+    def _program(self, x: Tensor) -> Program:
+        return self.programs.get(x.shape, lambda: self.plan.program(int(x.shape[0]), self._weights()))
 
     def _weights(self) -> dict[str, Tensor]:
         return {name.replace("/", "."): tensor for name, tensor in self.named_buffers(recurse=False)}
@@ -117,16 +120,12 @@ class PlannedModel(DeployedModel):
     def profile_us(self, repeats: int = 100) -> dict[str, float]:
         """Return the median microseconds of every operation inside the running network, by name."""
         batch = int(self.example.shape[0])
-        with self.programs.lock, torch.no_grad():
-            tile = min(batch, _TILE)
-            self(self.example)
-            program = self.programs.get(tile, lambda: self.plan.program(tile, self._weights()))
-            program.run(self.example[:tile].reshape(tile, *_sizes(self.plan)))
-            profile = program.profile_us(repeats)
-        scale = batch / tile
-        return {
-            name: float(np.median(samples)) * scale for name, samples in zip(self.plan.op_names, profile, strict=True)
-        }
+        x = self.example[:_MOST_IMAGES].reshape(-1, *_shape(self.plan.input))
+        program = self._program(x)
+        program.run(x)
+        scale = batch / x.shape[0]
+        profile = zip(self.plan.op_names, program.profile_us(repeats), strict=True)
+        return {name: float(np.median(samples)) * scale for name, samples in profile}
 
 
 class NestedModel(DeployedModel):
@@ -152,8 +151,8 @@ class NestedModel(DeployedModel):
         return result
 
 
-def _sizes(plan: Plan) -> tuple[int, int, int]:
-    return (plan.input.channels, plan.input.height, plan.input.width)
+def _shape(value: Value) -> tuple[int, int, int]:
+    return (value.channels, value.height, value.width)
 
 
 def _key(name: str, part: str) -> str:

@@ -1,7 +1,7 @@
 """Packed forms of a pruned weight: filter blocks and single weights.
 
-Legend: K filters, C input channels, R × S window; a *position* is ``(c · R + r) · S + s``, the column of a weight in its
-filter. A linear weight (out, in) is packed as (out, in, 1, 1).
+Legend: K filters, C input channels, R × S window; a *position* is ``(c · R + r) · S + s``, the column of a weight in
+its filter. A linear weight (out, in) is packed as (out, in, 1, 1).
 """
 
 from __future__ import annotations

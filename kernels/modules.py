@@ -7,44 +7,48 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from autoprune.kernels.cpu.program import Epilogue, Program
 from torch import Tensor, nn
 
 from autoprune.core.errors import ModelError
 from autoprune.core.layers import LayerSpec
+from autoprune.kernels.cpu.program import Epilogue, Program
 from autoprune.kernels.plan import KernelName
 
 _KEPT_PROGRAMS = 4
 
 
 class ProgramCache:
-    """The few programs last used, by shape; a program's buffers serve one run at a time, hence the lock.
+    """The few programs last used, by the shape of their input.
 
     Copies and pickles start empty: programs hold raw memory and are cheap to make again.
+
+    Attributes:
+        last: The program last used and its input shape: repeated calls find it without a search.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self._programs: OrderedDict[Hashable, Program] = OrderedDict()
+        self.last: tuple[torch.Size, Program] | None = None
+        self._lock = threading.RLock()
+        self._programs: OrderedDict[torch.Size, Program] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], Program]) -> Program:
-        """Return the program for ``key``, made if it is not kept."""
-        program = self._programs.get(key)
-        if program is None:
-            program = self._programs[key] = make()
+    def get(self, shape: torch.Size, make: Callable[[], Program]) -> Program:
+        """Return the program for inputs of ``shape``, made if it is not kept."""
+        with self._lock:
+            program = self._programs.pop(shape, None) or make()
+            self._programs[shape] = program
             while len(self._programs) > _KEPT_PROGRAMS:
                 self._programs.popitem(last=False)
-        else:
-            self._programs.move_to_end(key)
-        return program
+            self.last = (shape, program)
+            return program
 
     def clear(self) -> None:
         """Drop every program; the next run makes a new one from the weights as they are then."""
-        with self.lock:
+        with self._lock:
+            self.last = None
             self._programs.clear()
 
     def __reduce__(self) -> tuple[type[ProgramCache], tuple[()]]:
@@ -130,23 +134,24 @@ class ProgramLayer(FrozenModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, in the shape PyTorch's own layer gives."""
         check_input(x)
-        with torch.no_grad(), self.programs.lock:
-            if self.layer.op == "linear":
-                rows = x.reshape(-1, self.layer.channels, 1, 1)
-                return self._run(rows).reshape(*x.shape[:-1], self.layer.filters)
-            if x.dim() == 3:
-                return self._run(x[None])[0]
-            return self._run(x)
+        if self.layer.op == "linear":
+            if x.shape[-1] != self.layer.channels:
+                raise self._misfit(x)
+            rows = x.reshape(-1, self.layer.channels, 1, 1)
+            return self._run(rows).reshape(*x.shape[:-1], self.layer.filters)
+        return self._run(x[None])[0] if x.dim() == 3 else self._run(x)
+
+    def _misfit(self, x: Tensor) -> ModelError:
+        want = f"(…, {self.layer.channels})" if self.layer.op == "linear" else f"(N, {self.layer.channels}, H, W)"
+        return ModelError(f"layer '{self.name}': got an input of shape {tuple(x.shape)}, want {want}.")
 
     def _run(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.layer.channels:
-            raise ModelError(
-                f"layer '{self.name}': got an input of shape {tuple(x.shape)}, want (N, {self.layer.channels}, H, W)."
-            )
+            raise self._misfit(x)
         spec = self._spec(int(x.shape[2]), int(x.shape[3]))
         if x.shape[0] == 0:
             return x.new_empty((0, spec.filters, *spec.output_hw))
-        program = self.programs.get(tuple(x.shape), lambda: self._program(spec, int(x.shape[0])))
+        program = self.programs.get(x.shape, lambda: self._program(spec, int(x.shape[0])))
         return program.run(x).reshape(x.shape[0], spec.filters, *spec.output_hw)
 
     def _spec(self, height: int, width: int) -> LayerSpec:

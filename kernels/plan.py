@@ -28,7 +28,8 @@ from autoprune.kernels.plan_ops import (
     fuse,
     reads,
 )
-from autoprune.kernels.plan_trace import eval_view, trace_ops
+from autoprune.kernels.plan_record import eval_view
+from autoprune.kernels.plan_trace import trace_ops
 
 KernelName = Literal["dense", "block", "csr"]
 

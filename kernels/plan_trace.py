@@ -1,11 +1,10 @@
-"""From a PyTorch model to plan operations: symbolic tracing, shapes by running it once, one rule per operation.
+"""From a recorded PyTorch model to plan operations: one rule per operation.
 
 Whatever has no rule here raises ``Refused`` with the operation's name; nothing is approximated.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Callable
@@ -29,25 +28,13 @@ from autoprune.kernels.plan_ops import (
     norm_terms,
     padding_of,
 )
+from autoprune.kernels.plan_record import record
 
-_LEAVES = (
-    nn.Conv2d,
-    nn.Linear,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.ReLU,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.Flatten,
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
-)
 _IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
 _RELU_CALLS: set[object] = {F.relu, torch.relu, torch.relu_, F.relu_}
 _ADD_CALLS: set[object] = {operator.add, operator.iadd, torch.add}
 _IN_PLACE: set[object] = {operator.iadd, torch.relu_, F.relu_, "relu_", "add_"}
+_Rule = Callable[[str, fx.Node, nn.Module], Op]
 # Arguments of the pooling functions that a plan has only with these values.
 _PLAIN: dict[str, object] = {
     "dilation": 1,
@@ -56,27 +43,6 @@ _PLAIN: dict[str, object] = {
     "count_include_pad": True,
     "divisor_override": None,
 }
-
-
-class _Tracer(fx.Tracer):
-    """Keeps every layer with a rule as one node, whatever class derives from it."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a traced model once and keeps what every node returned."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.results: dict[fx.Node, object] = {}
-
-    def run_node(self, n: fx.Node) -> object:
-        result = super().run_node(n)
-        # Shapes are read after an in-place operation may have changed the values, which leaves shapes alone.
-        self.results[n] = result
-        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +70,7 @@ def trace_ops(model: nn.Module, example: Tensor) -> Traced:
     Raises:
         Refused: Naming the first operation without a rule.
     """
-    try:
-        graph = _Tracer().trace(model)
-        module = fx.GraphModule(model, graph)
-        recorder = _Recorder(module)
-        with torch.no_grad():
-            recorder.run(example.clone())
-    except Exception as error:  # symbolic tracing runs the user's forward: anything can come out of it
-        first_line = (str(error).splitlines() or [""])[0]
-        raise Refused("forward", f"it cannot be traced ({type(error).__name__}: {first_line[:120]})") from None
-    return _Lowering(module, recorder.results).lower()
+    return _Lowering(*record(model, example)).lower()
 
 
 class _Lowering:
@@ -137,6 +94,8 @@ class _Lowering:
         result = outputs[0].args[0]
         if not isinstance(result, fx.Node) or result not in self.values:
             raise Refused("output", "the model must return one tensor computed from its input")
+        if not any(isinstance(op, ConvOp) for op in self.ops):
+            raise Refused("forward", "the model has no convolution or linear layer")
         shape = tuple(int(size) for size in self._tensor(result).shape[1:])
         return Traced(tuple(self.ops), self.values[used[0]], self.values[result], shape)
 
@@ -152,8 +111,6 @@ class _Lowering:
             # Sizes and other numbers were taken from the recorded run where a rule needs them.
         elif node.op != "output":
             raise Refused(node.name, f"it reads a tensor of the model directly ({node.target})")
-
-    # Facts of a node
 
     def _tensor(self, node: fx.Node) -> Tensor:
         result = self.results[node]
@@ -183,8 +140,6 @@ class _Lowering:
         value = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
         return self.results[value] if isinstance(value, fx.Node) else value
 
-    # Modules
-
     def _lower_module(self, node: fx.Node, module: nn.Module) -> None:
         name = str(node.target)
         if isinstance(module, _IDENTITY_MODULES):
@@ -193,7 +148,7 @@ class _Lowering:
         if isinstance(module, nn.Flatten):
             self._flatten(node)
             return
-        rules: list[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[str, fx.Node, nn.Module], Op]]] = [
+        rules: list[tuple[type[nn.Module] | tuple[type[nn.Module], ...], _Rule]] = [
             (nn.Conv2d, self._conv),
             (nn.Linear, self._linear),
             ((nn.BatchNorm1d, nn.BatchNorm2d), self._norm),
@@ -208,6 +163,8 @@ class _Lowering:
         raise Refused(name, f"{type(module).__name__} has no rule in the plan")
 
     def _emit(self, node: fx.Node, op: Op) -> None:
+        if isinstance(op, ConvOp) and any(isinstance(other, ConvOp) and other.name == op.name for other in self.ops):
+            raise Refused(op.name, "the layer runs more than once in a pass")
         self.values[node] = op.out
         self.ops.append(op)
 
@@ -244,8 +201,6 @@ class _Lowering:
         odd = module.ceil_mode or _pair(getattr(module, "dilation", 1)) != (1, 1)
         sizes = (_pair(module.kernel_size), _pair(module.stride), _pair(module.padding))
         return self._pool(name, node, kind, sizes, plain=counted and not odd)
-
-    # Functions and methods
 
     def _lower_call(self, node: fx.Node) -> None:
         target = node.target
@@ -319,22 +274,16 @@ class _Lowering:
         return PoolOp(name, "avg" if kind == "avg" else "max", x, out, window[0], stride[0], padding[0])
 
 
-def eval_view(model: nn.Module) -> nn.Module:
-    """Return a copy of a model's structure in eval mode that shares every tensor with it: to read, not to change."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared).eval()
-
-
 def linear_shape(layer: LayerSpec, map_hw: tuple[int, int]) -> LayerSpec:
     """Return a linear layer as the convolution that covers a whole ``map_hw`` map."""
     channels = layer.weight_shape[1] // math.prod(map_hw)
-    return replace(
-        layer, op="conv", weight_shape=(layer.filters, channels, *map_hw), input_hw=map_hw, output_hw=(1, 1)
-    )
+    shape = (layer.filters, channels, *map_hw)
+    return replace(layer, op="conv", weight_shape=shape, input_hw=map_hw, output_hw=(1, 1))
 
 
 def _weights(weight: Tensor) -> Tensor:
-    return weight.detach().to(torch.float32).contiguous()
+    # A copy: the model may train on.
+    return weight.detach().to(torch.float32, copy=True).contiguous()
 
 
 def _bias(bias: Tensor | None) -> Tensor | None:

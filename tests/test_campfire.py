@@ -102,6 +102,18 @@ def test_living_zeros_outlast_removed_weights() -> None:
     assert layer.mask.flatten().nonzero().flatten().tolist() == list(range(100, 136))
 
 
+@pytest.mark.parametrize("kernel_score", ["max", "sum"])
+@pytest.mark.parametrize("text", ["ck(keep=0.25)", "combined(keep=0.25,fraction=0.8)"])
+def test_living_zero_kernels_outlast_removed_ones(text: str, kernel_score: str) -> None:
+    layer = layer_of(parse_choice(text), (8, 8, 3, 3))
+    layer.set_mask((torch.arange(64).reshape(8, 8, 1, 1) >= 20).expand(8, 8, 3, 3).contiguous())
+    layer.parameter.data.zero_()
+    method = Campfire([layer], Clock(1, 2), {"era_start": 0, "era_length": 0, "kernel_score": kernel_score})
+    assert method.after_step(0)
+    assert layer.mask is not None
+    assert int(layer.mask.sum()) == int(make_mask(layer.parameter, layer.choice).sum())
+
+
 def test_step_schedule_grows_inside_an_epoch_and_every_thins_it_out() -> None:
     layer = layer_of(Fine(0.1))
     fine = drive(layer, 10, era_start=2, era_length=6, schedule="step")

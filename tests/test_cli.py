@@ -8,23 +8,34 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from autoprune.cli.main import run as cli
 from autoprune.cli.progress import Bars, Lines, make_progress, steps
+from autoprune.core.choices import Block, Choice
 from autoprune.core.errors import AutopruneError, InfeasibleBudget, MeasurementError
+from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.core.progress import Progress
 from autoprune.core.result import Result
 from autoprune.core.rundir import RunDir, write_text
+from autoprune.lut.bench import BenchResult
+from autoprune.lut.measure import Spread
+from autoprune.lut.table import Calibration, Context, LatencyTable, Point, current_context
+from autoprune.lut.table import Row as LatencyRow
 from autoprune.report.summary import verdict
 from autoprune.search.config import SearchConfig
+from autoprune.search_spaces.trace import trace
+from autoprune.tasks.task import load_task
+from autoprune.trainers.recipe import Recipe
+from autoprune.trainers.run import TrainedAccuracy, TrainRequest, TrainResult
 
 _ROOT = Path(__file__).parent.parent
-Search = Callable[[SearchConfig, Progress], Result]
 
 
 @pytest.fixture
@@ -225,9 +236,10 @@ def test_reader_that_leaves_early_is_no_error(run: RunDir) -> None:
 
 def test_ctrl_c_exits_130_and_says_how_to_go_on() -> None:
     code = (
-        "import os, signal, sys\n"
-        "import autoprune.search.pipeline as pipeline\n"
+        "import os, signal, sys, types\n"
+        "pipeline = types.ModuleType('autoprune.search.pipeline')\n"
         "pipeline.run_search = lambda config, progress: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.modules[pipeline.__name__] = pipeline\n"
         "from autoprune.cli.main import run\n"
         "sys.exit(run(['search', '--budget', 'latency=50%']))"
     )
@@ -269,6 +281,129 @@ def test_bars_show_stages_notes_and_steps(monkeypatch: pytest.MonkeyPatch, capsy
     assert out == ""
     for part in ("table", "search", "[a note]", "3/3", "1/1"):
         assert part in err
+
+
+def test_every_flag_reaches_the_training(
+    monkeypatch: pytest.MonkeyPatch, run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[TrainRequest] = []
+    trained = TrainResult(
+        model="resnet20",
+        data="other",
+        trainer="campfire",
+        epochs=3,
+        seed=4,
+        accuracy=TrainedAccuracy(validation=0.9, test=0.89),
+        seconds={"train": 61.0},
+    )
+
+    def train_policy(request: TrainRequest, folder: RunDir, progress: Progress) -> TrainResult:
+        asked.append(request)
+        assert folder.path == tmp_path / "made-up-campfire-e3-s4"
+        return trained
+
+    monkeypatch.setattr("autoprune.trainers.run.train_policy", train_policy)
+    flags = ["--trainer", "campfire", "--epochs", "3", "--seed", "4", "--data", "other", "--data-dir", "d"]
+    flags += ["--init", "w.safetensors", "--batch", "8", "--threads", "2", "--no-dense-control"]
+    argv = ["train", "--policy", str(run.policy), *flags, "--runs-dir", str(tmp_path)]
+    assert cli(argv) == 0
+    out = capsys.readouterr().out
+    assert "90.00 %" in out
+    assert "1 min 01 s" in out
+    assert cli([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == trained.model_dump(mode="json")
+    policy = Policy.load(run.policy)
+    expected = TrainRequest(
+        model="resnet20",
+        data="other",
+        policy=policy,
+        trainer="campfire",
+        recipe=Recipe(epochs=3),
+        seed=4,
+        init=Path("w.safetensors"),
+        data_dir=Path("d"),
+        control=False,
+        batch=8,
+        threads=2,
+    )
+    assert asked == [expected, expected]
+
+
+def test_training_without_a_policy_is_dense(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def train_policy(request: TrainRequest, folder: RunDir, progress: Progress) -> TrainResult:
+        assert request.policy is None
+        raise AutopruneError(f"{request.model} in {folder.path.name}")
+
+    monkeypatch.setattr("autoprune.trainers.run.train_policy", train_policy)
+    assert cli(["train", "--model", "vgg11", "--runs-dir", str(tmp_path)]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["vgg11-dense-e12-s0"]
+
+
+def test_bench_prints_and_appends_its_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bench(model: nn.Module, policy: Policy, batch: torch.Tensor, threads: int, seconds: float) -> BenchResult:
+        assert batch.shape[0] == 3
+        assert (threads, seconds) == (2, 1.5)
+        references = {"plan": Spread(90.0, 100.0, 110.0), "onnxruntime": Spread(190.0, 200.0, 210.0)}
+        return BenchResult(Spread(40.0, 50.0, 60.0), references, {"torch-compile": "no compiler"}, {}, 90, 10, 3, 2)
+
+    monkeypatch.setattr("autoprune.lut.bench.bench", bench)
+    task = load_task("resnet20", "fashion-mnist")
+    layers = trace(task.model, task.example)
+    policy = Policy.make({"layer1.0.conv1": Block(keep=0.25)}, layers, model="resnet20", budget="latency=50%")
+    policy.save(tmp_path / "policy.json")
+    csv = tmp_path / "rows.csv"
+    argv = ["bench", "--policy", str(tmp_path / "policy.json"), "--batch", "3", "--threads", "2", "--seconds", "1.5"]
+    assert cli([*argv, "--csv", str(csv)]) == 0
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["deployed", "40.0", "50.0", "60.0", "0.50"] in lines
+    assert ["onnxruntime", "190", "200", "210", "2.00"] in lines
+    assert "torch-compile: no compiler" in out
+    assert "80 of 90 samples kept" in out
+    assert len(csv.read_text().splitlines()) == 4
+
+
+def test_table_is_built_calibrated_and_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build_table(
+        wanted: Mapping[LayerSpec, Sequence[Choice]],
+        context: Context,
+        *,
+        rows: Mapping[tuple[str, str], LatencyRow],
+        progress: Callable[[int, int], None],
+        checkpoint: Callable[[LatencyTable], None],
+    ) -> LatencyTable:
+        row = LatencyRow(p10=9.0, p50=10.0, p90=12.0, weight_bytes=64, kernel="made-up")
+        new = {(layer.signature, choice.text): row for layer, choices in wanted.items() for choice in choices}
+        table = LatencyTable(context, {**new, **rows})
+        checkpoint(table)
+        progress(len(new), len(new))
+        return table
+
+    def calibrate(table: LatencyTable, layers: object, deploy: object, space: object, seed: int) -> LatencyTable:
+        assert out.is_file(), "rows are kept before the calibration starts"
+        points = tuple(Point(rows_us=us, measured_us=us) for us in (1.0, 2.0))
+        made = Calibration(slope=1.1, intercept_us=5.0, mape=0.02, kendall_tau=0.9, points=points)
+        return table.with_calibration(made)
+
+    monkeypatch.setattr("autoprune.lut.build.build_table", build_table)
+    monkeypatch.setattr("autoprune.lut.calibrate.calibrate", calibrate)
+    out = tmp_path / "table.json"
+    assert cli(["lut", "build", "--out", str(out), "--batch", "2", "--threads", "1"]) == 0
+    built = capsys.readouterr()
+    assert built.err.startswith("table: started, ")
+    assert LatencyTable.load(out, current_context(2, 1)).calibration is not None
+    assert cli(["lut", "build", "--out", str(out), "--batch", "2", "--resume"]) == 0
+    assert cli(["lut", "build", "--out", str(out), "--batch", "1", "--resume"]) == 2
+    assert "measured with batch 2, wanted 1" in capsys.readouterr().err
+    assert cli(["lut", "show", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "end to end = 1.100 × sum of rows + 5.0 µs; 2.0 % mean error" in shown
+    assert "conv-k16-c1-3x3-in28x28-s1x1-p1x1" in shown
+    assert shown in built.out
 
 
 def test_table_of_another_run_survives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,6 +133,20 @@ def test_importance_is_summed_over_the_first_batches_after_the_warm_up(batches: 
     assert torch.equal(layer.mask, make_mask(layer.parameter, layer.choice, importance))
 
 
+def test_importance_does_not_depend_on_the_loss_scale_of_a_batch() -> None:
+    layer, scaled = layer_of(Fine(0.2)), layer_of(Fine(0.2))
+    for item, scales in ((layer, (1.0, 1.0)), (scaled, (2.0, 1024.0))):
+        method = method_of([item], warmup_epochs=0, hard_epoch=0, batches=2)
+        for step, scale in enumerate(scales):
+            gradient = torch.randn(item.parameter.shape, generator=torch.Generator().manual_seed(step))
+            item.parameter.grad = gradient * scale
+            method.before_step(step, scale)
+            method.after_step(step)
+    assert layer.mask is not None
+    assert scaled.mask is not None
+    assert torch.equal(layer.mask, scaled.mask)
+
+
 def test_nothing_touches_the_gradients_before_the_warm_up_ends_or_after_pruning() -> None:
     layer = layer_of(parse_choice(KINDS[0]))
     method = method_of([layer], warmup_epochs=1, hard_epoch=3, batches=1, lasso=0.5)

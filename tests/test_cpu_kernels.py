@@ -12,10 +12,14 @@ import torch
 
 from autoprune.core.errors import ModelError
 from autoprune.core.layers import LayerSpec
+from autoprune.kernels.cpu import assemble, planes
+from autoprune.kernels.cpu.layout import cover_map
 from autoprune.kernels.cpu.program import Buffer, Epilogue, Program
+from autoprune.kernels.cpu.shapes import BLOCK_TILES
 from autoprune.kernels.reference import conv2d
 
-KERNELS: tuple[Literal["dense", "block", "csr"], ...] = ("dense", "block", "csr")
+Kernel = Literal["dense", "block", "csr"]
+KERNELS: tuple[Kernel, ...] = ("dense", "block", "csr")
 RELATIVE_ERROR = 1e-5
 
 
@@ -59,7 +63,7 @@ class Case:
         )  # fmt: skip
 
 
-def compute(case: Case, kernel: Literal["dense", "block", "csr"]) -> tuple[npt.NDArray[np.float32], Program, list[Buffer]]:
+def compute(case: Case, kernel: Kernel) -> tuple[npt.NDArray[np.float32], Program, list[Buffer]]:
     """Run a case on buffers of NaN; return its NKHW output, the program and its buffers."""
     weight, bias, x, residual = data(case)
     program = Program(case.batch, case.threads)
@@ -67,7 +71,8 @@ def compute(case: Case, kernel: Literal["dense", "block", "csr"]) -> tuple[npt.N
     out = program.buffer(case.filters, *case.out_size, halo=1)
     extra = program.buffer(case.filters, *case.out_size, halo=2)
     epilogue = Epilogue(case.relu, extra if case.residual else None)
-    program.conv(source, out, case.layer, torch.from_numpy(weight), torch.from_numpy(bias), kernel, epilogue, case.block)
+    tensors = torch.from_numpy(weight), torch.from_numpy(bias)
+    program.conv(source, out, case.layer, *tensors, kernel, epilogue, case.block)
     if case.user_input:
         program.set_input(source)
     program.set_output(out)
@@ -93,7 +98,7 @@ def data(case: Case) -> tuple[npt.NDArray[np.float32], ...]:
     return weight, *(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
-def check(case: Case, kernel: Literal["dense", "block", "csr"]) -> None:
+def check(case: Case, kernel: Kernel) -> None:
     """Fail unless the kernel agrees with the definition and leaves halos and padding channels zero."""
     y, program, buffers = compute(case, kernel)
     weight, bias, x, residual = data(case)
@@ -144,13 +149,13 @@ CASES = {
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", CASES)
-def test_kernel_agrees_with_the_definition(name: str, kernel: Literal["dense", "block", "csr"]) -> None:
+def test_kernel_agrees_with_the_definition(name: str, kernel: Kernel) -> None:
     check(CASES[name], kernel)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("seed", range(6))
-def test_kernel_agrees_on_random_shapes(seed: int, kernel: Literal["dense", "block", "csr"]) -> None:
+def test_kernel_agrees_on_random_shapes(seed: int, kernel: Kernel) -> None:
     rng = np.random.default_rng(seed)
     tried = 0
     while tried < 15:
@@ -179,7 +184,7 @@ def test_kernel_agrees_on_random_shapes(seed: int, kernel: Literal["dense", "blo
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("batch", [1, 3, 4, 9])
-def test_two_threads_give_the_bits_that_one_gives(batch: int, kernel: Literal["dense", "block", "csr"]) -> None:
+def test_two_threads_give_the_bits_that_one_gives(batch: int, kernel: Kernel) -> None:
     case = replace(BASE, channels=33, filters=50, size=(15, 13), batch=batch)
     one, _, _ = compute(case, kernel)
     two, _, _ = compute(replace(case, threads=2), kernel)
@@ -187,7 +192,36 @@ def test_two_threads_give_the_bits_that_one_gives(batch: int, kernel: Literal["d
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_residual_may_be_the_output_itself(kernel: Literal["dense", "block", "csr"]) -> None:
+@pytest.mark.parametrize("name", ["resnet stage 1", "odd everything", "stride 3", "dilated"])
+def test_machines_with_few_registers_get_other_tiles_and_the_same_result(
+    name: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (assemble, planes):
+        monkeypatch.setattr(module, "vector_registers", lambda: 8)
+    check(CASES[name], kernel)
+
+
+def test_few_registers_are_not_overrun() -> None:
+    for width in range(1, 40):
+        for vectors in (1, 2):
+            for variant, _, _ in cover_map(9, width, vectors, 50, 8):
+                tile = BLOCK_TILES[variant]
+                pixels = tile.rows * tile.cols
+                assert pixels == 1 or pixels * vectors * tile.unroll + vectors + 1 <= 8
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_tiles_cover_every_pixel_once(vectors: int) -> None:
+    for height, width in [(1, 1), (7, 7), (5, 33), (28, 28), (3, 200), (19, 13)]:
+        seen = np.zeros((height, width), int)
+        for variant, top, left in cover_map(height, width, vectors, 144, 32):
+            tile = BLOCK_TILES[variant]
+            seen[top : top + tile.rows, left : left + tile.cols] += 1
+        assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_residual_may_be_the_output_itself(kernel: Kernel) -> None:
     weight, bias, x, residual = data(BASE)
     program = Program(1)
     source, out = program.buffer(16, 7, 7, halo=1), program.buffer(16, 7, 7, halo=1)
@@ -203,7 +237,7 @@ def test_residual_may_be_the_output_itself(kernel: Literal["dense", "block", "cs
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_nan_in_the_input_reaches_the_output(kernel: Literal["dense", "block", "csr"]) -> None:
+def test_nan_in_the_input_reaches_the_output(kernel: Kernel) -> None:
     case = replace(BASE, density=1.0, residual=False)
     weight, bias, x, _ = data(case)
     program = Program(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ _LOADED = f"import sys; print(sorted(set({_HEAVY!r}) & set(sys.modules)))"
 )
 def test_light_imports_load_nothing_heavy(code: str) -> None:
     assert _python(f"{code}\n{_LOADED}").strip() == "[]"
+
+
+def test_every_room_has_its_floor() -> None:
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (contract,) = project["tool"]["importlinter"]["contracts"]
+    floors = {room.strip() for floor in contract["layers"] for room in floor.split("|")}
+    rooms = {name for name in project["tool"]["setuptools"]["packages"] if name.count(".") == 1}
+    assert floors == rooms - {"autoprune.assets"}  # assets hold no code
 
 
 def test_core_imports_nothing_of_the_engine_above_it() -> None:

@@ -35,7 +35,7 @@ def masked_weights(draw: st.DrawFn) -> Floats:
 def test_blocked_round_trip(weight: Floats, block: int, keep_all: bool) -> None:
     packed = Blocked.pack(weight, block, keep_all)
     np.testing.assert_array_equal(packed.unpack(), weight)
-    assert packed.values.ctypes.data % 64 == 0
+    assert packed.values.size == 0 or packed.values.ctypes.data % 64 == 0
     assert packed.size_bytes == 8 * len(packed.row_ptr) + 4 * len(packed.positions) + 4 * packed.values.size
 
 

@@ -18,27 +18,25 @@ _TOP = {"autoprune.envs": "envs", "autoprune.search_spaces": "search_spaces", "a
 
 
 def _folders() -> dict[str, Path]:
-    """Dotted name → folder of every package on disk, links resolved by name."""
+    """Dotted name → folder of every package on disk; a folder of data alone is one as well."""
     found = {}
     for name, folder in {"autoprune": "autoprune", **_TOP}.items():
-        for marker in (_ROOT / folder).rglob("__init__.py"):
-            inner = marker.parent.relative_to(_ROOT / folder).parts
-            dotted = ".".join((name, *inner))
-            if name != "autoprune" or dotted not in _TOP:
-                found.setdefault(dotted, marker.parent)
-    return {**found, **{name: _ROOT / folder for name, folder in _TOP.items()}}
+        root = _ROOT / folder
+        for path in [root, *(path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())]:
+            dotted = ".".join((name, *path.relative_to(root).parts))
+            if path.name != "__pycache__" and any(file.is_file() for file in path.iterdir()):
+                found[dotted] = path
+    return found
 
 
 def _files() -> set[str]:
     """Every file that an installed package must hold, as its path inside the wheel."""
-    wanted = set()
-    for dotted, folder in _folders().items():
-        for path in folder.iterdir():
-            if path.is_file() and (path.suffix in (".py", ".j2", ".yaml") or path.name == "py.typed"):
-                wanted.add("/".join((*dotted.split("."), path.name)))
-    wanted |= {f"autoprune/search_spaces/presets/{path.name}" for path in (_ROOT / "search_spaces/presets").iterdir()}
-    assets = (path for path in (_ROOT / "autoprune/assets").iterdir() if path.is_file())
-    return wanted | {f"autoprune/assets/{path.name}" for path in assets}
+    return {
+        "/".join((*dotted.split("."), path.name))
+        for dotted, folder in _folders().items()
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.startswith(".")
+    }
 
 
 def test_package_list_is_what_lies_on_disk() -> None:
@@ -72,6 +70,7 @@ def test_wheel_holds_every_module_and_asset(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "absent from the `packages` configuration" not in done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

@@ -60,15 +60,15 @@ def test_patdnn_pool_fills_up_with_the_best_scored_when_few_patterns_occur() -> 
     score[:, 3] = 0.5
     pool = as_sets(patdnn_pool(score, 4, 4, (3, 3)))
     assert pool[0] == {0, 1, 2, 4}
-    assert {frozenset(p) for p in pool[1:]} == {frozenset({4, 3, *pair}) for pair in itertools.combinations((0, 1, 2), 2)}
+    pairs = itertools.combinations((0, 1, 2), 2)
+    assert {frozenset(p) for p in pool[1:]} == {frozenset({4, 3, *pair}) for pair in pairs}
 
 
 def test_dynamic_pool_contains_the_two_best_positions_and_the_best_totals() -> None:
     importance = torch.tensor([0.1, 5.0, 0.2, 0.3, 4.0, 0.7, 0.4, 0.6, 0.5])
     pool = as_sets(dynamic_pool(importance, 8, 4, (3, 3)))
-    totals = sorted(
-        (sum(importance[list(pair)].tolist()) for pair in itertools.combinations((0, 2, 3, 5, 6, 7, 8), 2)), reverse=True
-    )
+    pairs = itertools.combinations((0, 2, 3, 5, 6, 7, 8), 2)
+    totals = sorted((sum(importance[list(pair)].tolist()) for pair in pairs), reverse=True)
     assert all({1, 4} <= p for p in pool)
     got = [float(importance[list(p)].sum()) - 9.0 for p in pool]
     assert got == pytest.approx(totals[:8], abs=1e-5)

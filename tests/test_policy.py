@@ -155,5 +155,5 @@ def test_result_reads_back_the_same(tmp_path: Path, result: Result) -> None:
 def test_damaged_result_says_what_to_do(tmp_path: Path, text: str) -> None:
     path = tmp_path / "result.json"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(RunError, match="absent or damaged; delete it"):
+    with pytest.raises(RunError, match="damaged; delete it"):
         Result.load(path)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprune.core.errors import RunError
-from autoprune.core.rundir import RunDir, atomic_path, run_name, write_text
+from autoprune.core.rundir import Cache, RunDir, atomic_path, run_name, write_text
 
 _CONFIG = {"budget": "latency=50%", "seed": 0}
 
@@ -33,6 +33,13 @@ def test_other_configuration_is_refused_by_its_first_difference(tmp_path: Path) 
     RunDir.open(tmp_path, "one", _CONFIG)
     with pytest.raises(RunError, match=r"seed: 0, now 1\).*--fresh"):
         RunDir.open(tmp_path, "one", {**_CONFIG, "seed": 1})
+
+
+def test_setting_that_a_newer_version_added_as_none_continues_the_run(tmp_path: Path) -> None:
+    RunDir.open(tmp_path, "one", _CONFIG)
+    RunDir.open(tmp_path, "one", {**_CONFIG, "added": None})
+    with pytest.raises(RunError, match=r"added: None, now 'x'"):
+        RunDir.open(tmp_path, "one", {**_CONFIG, "added": "x"})
 
 
 def test_fresh_sets_the_old_run_aside(tmp_path: Path) -> None:
@@ -72,8 +79,8 @@ def test_damaged_configuration_is_named(tmp_path: Path, text: str) -> None:
 
 def test_absent_file_is_named(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    with pytest.raises(RunError, match=r"errors\.json: cannot be read"):
-        run.read_json(run.errors)
+    with pytest.raises(RunError, match=r"references\.json: cannot be read"):
+        run.read_json(run.references)
 
 
 def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
@@ -129,3 +136,33 @@ def test_every_file_of_a_run_lies_in_its_folder(tmp_path: Path) -> None:
     assert len(properties) > 5
     assert all(path.parent == tmp_path for path in paths)
     assert len(set(paths)) == len(paths)
+
+
+def test_cache_gives_back_what_was_stored_by_its_key(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    cache.write_errors("a", [[0.0, 0.5], [0.25]])
+    assert Cache(tmp_path).read_errors("a") == [[0.0, 0.5], [0.25]]
+    assert cache.read_errors("b") is None
+    paths = {make(key) for make in (cache.database, cache.table, cache.references) for key in ("a", "b")}
+    assert len(paths) == 6
+
+
+@pytest.mark.parametrize("text", ["", "[[0.0", "3", "{}", "[1]"])
+def test_damaged_cache_entry_counts_as_absent(tmp_path: Path, text: str) -> None:
+    cache = Cache(tmp_path)
+    cache.write_errors("a", [[0.0]])
+    (path,) = (tmp_path / ".cache").iterdir()
+    path.write_text(text)
+    assert cache.read_errors("a") is None
+
+
+def test_cache_is_no_run(tmp_path: Path) -> None:
+    Cache(tmp_path)
+    with pytest.raises(RunError, match="there are no runs"):
+        RunDir.find(tmp_path, "one")
+
+
+def test_cache_in_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(RunError, match="choose another --runs-dir"):
+        Cache(tmp_path / "runs")

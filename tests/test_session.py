@@ -14,7 +14,7 @@ from autoprune.core.choices import Choice, Fine, parse_choice
 from autoprune.core.errors import PolicyError, UnknownName
 from autoprune.core.policy import Policy
 from autoprune.search_spaces.trace import trace
-from autoprune.trainers.method import METHODS
+from autoprune.trainers.method import METHODS, parse_settings
 from autoprune.trainers.schedule import TrainerError
 from autoprune.trainers.session import Session, attach
 
@@ -280,6 +280,47 @@ def test_unknown_method_and_setting_propose_the_nearest() -> None:
         attach(net, opt, choices(), steps_per_epoch=1, epochs=5, settings={"balance": "row"})
     with pytest.raises(TrainerError, match="steps_per_epoch=0"):
         attach(net, opt, choices(), steps_per_epoch=0, epochs=5)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_settings_are_read_from_texts(method: str) -> None:
+    cls = METHODS.get(method).settings_class
+    texts = {"clicktrain": ["lasso=1e-3", "hard_epoch = 4", "pool=generic"],
+             "campfire": ["exponent=2", "every=5", "inter_epoch=True", "schedule=step"]}[method]  # fmt: skip
+    settings = parse_settings(method, texts)
+    assert settings == {
+        "clicktrain": {"lasso": 1e-3, "hard_epoch": 4, "pool": "generic"},
+        "campfire": {"exponent": 2.0, "every": 5, "inter_epoch": True, "schedule": "step"},
+    }[method]
+    assert cls(**settings) != cls()
+    with pytest.raises(UnknownName, match="setting of trainer"):
+        parse_settings(method, ["none=1"])
+    number = {"clicktrain": "lasso", "campfire": "every"}[method]
+    with pytest.raises(TrainerError, match="number"):
+        parse_settings(method, [f"{number}=many"])
+    with pytest.raises(TrainerError, match="write it as"):
+        parse_settings(method, [number])
+
+
+def test_a_model_with_two_inputs_trains_and_its_macs_stay_unknown() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            out: Tensor = self.fc(x + y)
+            return out
+
+    net = Two()
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    session = attach(net, opt, {"fc": Fine(0.5)}, steps_per_epoch=1, epochs=2, method="campfire")
+    for _ in range(2):
+        net(torch.ones(1, 4), torch.ones(1, 4)).sum().backward()
+        opt.step()
+    report = session.finalize()
+    assert (report.training_macs_saved, report.sparsity.inference_macs_saved) == (None, None)
+    assert report.sparsity.prunable_sparsity == 0.5
 
 
 def test_a_policy_for_another_model_is_refused() -> None:

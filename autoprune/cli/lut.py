@@ -10,7 +10,7 @@ import typer
 from autoprune.cli import options
 
 if TYPE_CHECKING:
-    from autoprune.lut.table import LatencyTable
+    from autoprune.lut.table import LatencyTable, Row
 
 app = typer.Typer(name="lut", no_args_is_help=True)
 
@@ -81,6 +81,11 @@ def show(
     _show(LatencyTable.load(file))
 
 
+def _slowest_first(item: tuple[tuple[str, str], Row]) -> tuple[str, float, str]:
+    (signature, choice), row = item
+    return signature, -row.p50, choice
+
+
 def _show(table: LatencyTable) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
@@ -95,14 +100,15 @@ def _show(table: LatencyTable) -> None:
         shown.add_column(column, no_wrap=True)
     for column in ("p10 µs", "p50 µs", "p90 µs", "× dense", "bytes"):
         shown.add_column(column, justify="right", no_wrap=True)
-    for (signature, choice), row in table.rows.items():
+    for (signature, choice), row in sorted(table.rows.items(), key=_slowest_first):
         dense = table.rows.get((signature, "dense"))
         ratio = f"{row.p50 / dense.p50:.2f}" if dense is not None else "–"
         times = [significant(value) for value in (row.p10, row.p50, row.p90)]
         cells = (signature, choice, row.kernel, *times, ratio, str(row.weight_bytes))
         shown.add_row(*map(escape, cells))
     console.print(shown)
-    for name, value in table.context.model_dump().items():
+    facts = table.context.model_dump()
+    for name, value in {**dict(facts.pop("versions")), **facts}.items():
         console.print(f"{name:<12}{value}", markup=False)
     fit = table.calibration
     if fit is None:

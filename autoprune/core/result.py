@@ -137,5 +137,7 @@ class Result(BaseModel):
         """
         try:
             return Result.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(f"no {path}: the search is not finished; give its command again to go on.") from None
         except (OSError, ValueError):  # pydantic's and UTF-8's errors are both ValueErrors
-            raise RunError(f"{path} is absent or damaged; delete it and run the same search again.") from None
+            raise RunError(f"{path} is damaged; delete it and give the search's command again.") from None

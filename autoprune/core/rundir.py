@@ -117,10 +117,9 @@ class RunDir:
             write_text(self.config, json.dumps(new, indent=2, sort_keys=True) + "\n")
             return
         old = self.read_json(self.config)
-        if old == new:
+        first = next((key for key in sorted({*old, *new}) if old.get(key) != new.get(key)), None)
+        if first is None:
             return
-        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        first = changed[0]
         raise RunError(
             f"run folder {self.path} holds another configuration "
             f"({first}: {old.get(first)!r}, now {new.get(first)!r}); "
@@ -164,16 +163,6 @@ class RunDir:
         return self.path / "table.json"
 
     @property
-    def database(self) -> Path:
-        """Masked and compensated weights per layer and choice."""
-        return self.path / "database.safetensors"
-
-    @property
-    def errors(self) -> Path:
-        """Measured error of each single layer's choice."""
-        return self.path / "errors.json"
-
-    @property
     def references(self) -> Path:
         """Latency of every dense execution tried."""
         return self.path / "references.json"
@@ -182,6 +171,11 @@ class RunDir:
     def result(self) -> Path:
         """Everything the report shows."""
         return self.path / "result.json"
+
+    @property
+    def training(self) -> Path:
+        """What a training came to."""
+        return self.path / "training.json"
 
     @property
     def report(self) -> Path:
@@ -236,10 +230,10 @@ class Cache:
     def read_errors(self, key: str) -> list[list[float]] | None:
         """Return the stored single-layer errors, or None when there are none that can be read."""
         try:
-            rows: list[list[float]] = json.loads(self._errors(key).read_text(encoding="utf-8"))
+            rows: object = json.loads(self._errors(key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return rows
+        return rows if isinstance(rows, list) and all(isinstance(row, list) for row in rows) else None
 
     def write_errors(self, key: str, rows: list[list[float]]) -> None:
         """Store single-layer errors."""

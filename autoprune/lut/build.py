@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoprune.core.choices import Choice, Dense
-from autoprune.core.errors import MeasurementError
+from autoprune.core.errors import AutopruneError, MeasurementError
 from autoprune.core.layers import LayerSpec
-from autoprune.kernels.cpu.program import CHUNK_BYTES, Epilogue, Program
+from autoprune.kernels.cpu.program import CHUNK_BYTES, Buffer, Epilogue, Program
+from autoprune.kernels.cpu.shapes import LANES
 from autoprune.kernels.dense import torch_threads
 from autoprune.kernels.plan import kernel_for
 from autoprune.lut.measure import Effort, call_timer, sample_rounds
@@ -28,7 +29,6 @@ from autoprune.sparsity.masks import make_mask
 
 _ROUNDS = 25
 _SAMPLE_US = 100.0
-_COPIES = 3
 
 Progress = Callable[[int, int], None]
 Checkpoint = Callable[[LatencyTable], None]
@@ -119,7 +119,7 @@ def _measure_layer(layer: LayerSpec, choices: Sequence[Choice], setting: _Settin
     with torch_threads(threads), torch.no_grad():
         try:
             candidates = {choice.text: _candidate(layer, choice, weight, setting) for choice in choices}
-        except (ValueError, RuntimeError) as error:
+        except (AutopruneError, ValueError, RuntimeError) as error:
             raise MeasurementError(f"layer '{layer.name}' ({layer.signature}) cannot be measured: {error}") from error
         for candidate in candidates.values():
             candidate.time_us()
@@ -145,23 +145,38 @@ def _candidate(layer: LayerSpec, choice: Choice, weight: Tensor, setting: _Setti
     images = setting.images * (layer.input_hw[0] * layer.input_hw[1] if layer.op == "linear" else 1)
     spec = _as_conv(layer)
     program = Program(images, setting.context.threads)
-    inputs = [program.buffer(spec.channels, *spec.input_hw, halo=max(spec.padding)) for _ in range(_COPIES)]
-    outputs = [program.buffer(spec.filters, *spec.output_hw) for _ in range(_COPIES)]
-    program.set_input(inputs[0])
-    for x, out in zip(inputs, outputs, strict=True):
-        kcrs, bias = masked.reshape(spec.weight_shape), torch.zeros(layer.filters)
+    pairs = _maps(program, spec)
+    for x, out in pairs:
+        kcrs, bias = masked.reshape(spec.weight_shape), torch.linspace(0.0, 1.0, layer.filters)
         program.conv(x, out, spec, kcrs, bias, kernel, Epilogue(relu=True), block)
-    program.set_output(outputs[-1])
     program.finish()
-    program.run(torch.randn(images, spec.channels, *spec.input_hw))
     once_us = float(np.median(program.time_us(5)))
     runs = max(2, math.ceil(_SAMPLE_US / max(once_us, 0.1)))
-    scale = setting.context.batch / setting.images / _COPIES
+    scale = setting.context.batch / setting.images / len(pairs)
     return _Candidate(
         time_us=lambda: float(np.median(program.time_us(runs))) * scale,
-        weight_bytes=program.weight_bytes // _COPIES,
+        weight_bytes=program.weight_bytes // len(pairs),
         kernel=kernel,
     )
+
+
+def _maps(program: Program, spec: LayerSpec) -> list[tuple[Buffer, Buffer]]:
+    """Return input and output of each copy of a layer, about as many maps as a residual network keeps going.
+
+    Reading and writing the user's tensors is no part of a layer. Only an image, of few channels, is named the
+    program's input, because it is laid out as such.
+    """
+    halo = max(spec.padding)
+    inner, outer = (spec.channels, *spec.input_hw), (spec.filters, *spec.output_hw)
+    if spec.channels < LANES:
+        image = program.buffer(*inner, halo=halo)
+        program.set_input(image)
+        return [(image, program.buffer(*outer))]
+    if inner == outer:  # as in a network: each copy reads what the one before has just written
+        ring = [program.buffer(*inner, halo=halo) for _ in range(3)]
+        return [(ring[0], ring[1]), (ring[1], ring[2]), (ring[2], ring[0])]
+    out = program.buffer(*outer)
+    return [(program.buffer(*inner, halo=halo), out) for _ in range(2)]
 
 
 def _as_conv(layer: LayerSpec) -> LayerSpec:

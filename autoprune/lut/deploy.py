@@ -18,7 +18,7 @@ from autoprune.core.registry import unknown_name
 from autoprune.kernels.convert import convert, is_masked
 from autoprune.kernels.deployed import DeployedModel, PlannedModel
 from autoprune.kernels.plan import Plan, build_plan, kernel_for
-from autoprune.kernels.plan_ops import ConvOp
+from autoprune.kernels.plan_ops import ConvOp, layer_spec
 from autoprune.sparsity.masks import make_mask
 
 Deploy = Callable[[Mapping[str, Choice]], Callable[[], object]]
@@ -37,7 +37,9 @@ def masked_copy(model: nn.Module, choices: Mapping[str, Choice]) -> nn.Module:
             if name not in layers:
                 raise PolicyError(f"the policy does not fit this model: {unknown_name('layer', name, layers)}")
             weight = layers[name].weight
-            if not isinstance(choice, Dense):
+            # How much a choice keeps depends on the weight's shape alone, not on the map.
+            spec = layer_spec(name, layers[name], (1, 1, 1, 1), (1, 1, 1, 1))
+            if not isinstance(choice, Dense) and not is_masked(weight, spec, choice):
                 weight.mul_(make_mask(weight, choice))
     return network
 

@@ -144,8 +144,14 @@ class LatencyTable:
         return self.row(layer, choice).p50
 
     def rows_us(self, layers: Iterable[LayerSpec], choices: Mapping[str, Choice]) -> float:
-        """Return the sum of the rows of a network, µs; layers not named are dense, repeated calls count each."""
-        return sum(layer.calls * self.layer_us(layer, choices.get(layer.name, Dense())) for layer in layers)
+        """Return the sum of the rows of a network as ``convert`` deploys it, µs.
+
+        Layers not named are dense, and so are those whose choice is slower than dense; repeated calls count each.
+        """
+        return sum(layer.calls * self._deployed_us(layer, choices.get(layer.name, Dense())) for layer in layers)
+
+    def _deployed_us(self, layer: LayerSpec, choice: Choice) -> float:
+        return min(self.layer_us(layer, choice), self.layer_us(layer, Dense()))
 
     def network_us(self, layers: Iterable[LayerSpec], choices: Mapping[str, Choice]) -> float:
         """Return the predicted end-to-end latency of a network, µs; the plain sum while there is no calibration.

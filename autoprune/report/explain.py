@@ -61,5 +61,5 @@ def _outside_layers(result: Result, total: float) -> list[str]:
         return []
     return [
         f"{time_text(rest)} of the network's {time_text(network)} ({percent(rest / network, 0)}) pass outside these "
-        "layers: additions, pooling, padding and reordering of feature maps."
+        "layers: additions, pooling, padding and reordering of feature maps, and the call itself."
     ]

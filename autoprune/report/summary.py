@@ -80,18 +80,20 @@ def verdict(result: Result) -> str:
 
 
 def _reason(result: Result) -> str:
-    return f" {result.reason.rstrip('.')}." if result.reason else ""
+    text = result.reason.rstrip(".")
+    return f" {text[0].upper()}{text[1:]}." if text else ""
 
 
 def _latency_clause(result: Result, chosen: Row) -> str:
     cost = chosen.measured
-    fastest = result.fastest_reference
     if cost is None or cost.latency_us is None:
         return f"keeps {percent(chosen.predicted.macs_ratio)} of the MACs (its latency was not measured)"
     text = f"runs in {time_text(cost.latency_us)} as measured"
-    if fastest is not None:
-        name, us = fastest
-        text += f", {percent(cost.latency_us / us)} of the fastest dense execution ({name}, {time_text(us)})"
+    if cost.latency_ratio is not None:
+        # Both were timed in turn: a reference time of another moment would compare two states of the machine.
+        text += f", {percent(cost.latency_ratio)} of the fastest dense execution timed beside it"
+        name = "" if result.fastest_reference is None else f"{result.fastest_reference[0]}, "
+        text += f" ({name}{time_text(cost.dense_latency_us)})"
     return text
 
 
@@ -117,9 +119,9 @@ def _line(row: Row, result: Result) -> Line:
     ratio_text = NONE if ratio is None else f"{ratio:.2f}" + ("" if measured is not None else " (pred.)")
     pruned, test = row.accuracy.pruned, row.accuracy.test
     if role == "dense":
-        chosen = result.row("chosen")
-        pruned = row.accuracy.dense
-        test = chosen.accuracy.dense_test if chosen is not None else row.accuracy.dense_test
+        chosen = result.row("chosen") or row
+        pruned = row.accuracy.dense if row.accuracy.dense is not None else chosen.accuracy.dense
+        test = chosen.accuracy.dense_test
     name = row.name if row.proposer in ("", row.name) else f"{row.name} ({row.proposer})"
     cells = (
         name,

@@ -64,8 +64,10 @@ class AutoSearcher(Searcher):
         model.fit(np.array(evaluated), np.array([quality.error for quality in account.scored.values()]))
         matrix = model.draw(rng)
         met: dict[Assignment, float] = {}
-        for parent in account.ranked()[: self.parents]:
-            current = np.array(parent)
+        # One descent sets out from elsewhere: the best policies may all lie in one basin.
+        stranger = perturbed_solution(account.problem, rng.normal(0.0, 2.0 * self.spread, len(account.problem.layers)))
+        for start in [*account.ranked()[: self.parents], stranger]:
+            current = np.array(start)
             value = float(model.predict(matrix, current[None, :])[0])
             while True:
                 near_NL = moves.neighbours(current)

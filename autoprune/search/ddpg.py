@@ -1,8 +1,8 @@
 """AMC's agent: DDPG chooses the layers' choices one after the other and learns from the finished policy's score.
 
 Stable-Baselines3's DDPG with what AMC needs and it lacks: a learning rate per network, exploration noise truncated
-around the actor's output that starts only after the warm-up, the executed action in the replay buffer, and the whole
-episode's return for every transition (n-step with n = layers, γ = 1).
+around the actor's output that starts only after the warm-up, the executed action in the replay buffer, the whole
+episode's return for every transition (n-step with n = layers, γ = 1), and rewards standardised by the warm-up's.
 
 Source: He et al., AMC: AutoML for Model Compression (2018). We depart in the credit (AMC copies the terminal reward
 into every transition and bootstraps on top) and in the decoder (see ``PruningEnv``).
@@ -36,7 +36,8 @@ class DDPGSettings:
 
     Attributes:
         warm_up: Random episodes before the actor acts: this many, but at most ``warm_up_share`` of all.
-        sigma, decay: Noise σ · decay^(episodes after warm-up), in units of the action range.
+        sigma, decay, floor: Noise max(floor, σ · decay^(episodes after warm-up)), in units of the action range. AMC's
+            floor is 0; ours keeps a settled actor from spending its episodes on one and the same policy.
         actor_rate, critic_rate: Adam's learning rates.
         tau: Share of the new weights in the target networks, per update.
         batch: Transitions per update; one update per step, at the end of an episode.
@@ -48,6 +49,7 @@ class DDPGSettings:
     warm_up_share: float = 0.25
     sigma: float = 0.5
     decay: float = 0.95
+    floor: float = 0.1
     actor_rate: float = 1e-4
     critic_rate: float = 1e-3
     tau: float = 0.01
@@ -71,6 +73,7 @@ class AMCAgent(DDPG):
         self.settings = settings
         self.warm_up = warm_up
         self.explore = np.random.default_rng([seed, 1])
+        self.reward_mean, self.reward_spread = 0.0, 1.0
         steps = len(env.problem.layers)
         super().__init__(
             "MlpPolicy",
@@ -94,7 +97,23 @@ class AMCAgent(DDPG):
     def noise_sigma(self) -> float:
         """Standard deviation of the exploration noise in this episode; 0 during the warm-up, which is uniform."""
         after = self._episode_num - self.warm_up
-        return self.settings.sigma * self.settings.decay**after if after >= 0 else 0.0
+        return max(self.settings.floor, self.settings.sigma * self.settings.decay**after) if after >= 0 else 0.0
+
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        """Update the networks; before the first update, bring the rewards to the scale the critic learns on."""
+        if self._n_updates == 0:
+            self._standardise()
+        super().train(gradient_steps, batch_size)
+
+    def _standardise(self) -> None:
+        """Centre and scale rewards by those of the warm-up: errors differ by orders of magnitude between problems."""
+        buffer = self.replay_buffer
+        assert buffer is not None
+        last = buffer.dones[: buffer.pos] > 0.0
+        rewards = buffer.rewards[: buffer.pos]
+        self.reward_mean = float(rewards[last].mean())
+        self.reward_spread = max(float(rewards[last].std()), 1e-6)
+        rewards[last] = (rewards[last] - self.reward_mean) / self.reward_spread
 
     def _update_learning_rate(self, optimizers: list[Optimizer] | Optimizer) -> None:
         # TD3.train passes actor and critic, in this order.
@@ -125,6 +144,7 @@ class AMCAgent(DDPG):
         infos: list[dict[str, Any]],
     ) -> None:
         executed = np.stack([info["executed"] for info in infos])
+        reward = np.where(dones, (reward - self.reward_mean) / self.reward_spread, 0.0)
         super()._store_transition(
             replay_buffer, self.policy.scale_action(executed), new_obs, reward, dones, infos
         )

@@ -4,8 +4,8 @@ For one filter with dense weights ``w`` (a row), kept positions ``m`` and input 
 ``E[(w'x − wx)²]`` is least at ``w'_m = w_m + H_mm⁻¹ H_mp w_p`` (p: the pruned positions). Filters with one mask share
 one factorisation, which is why blocks are cheap.
 
-Sources: Hassibi & Stork, "Optimal brain surgeon" (1993); Frantar & Alistarh, "Optimal brain compression" (2022), whose
-greedy removal is replaced here by a given mask and one exact solve.
+Sources: Hassibi & Stork, "Optimal brain surgeon" (1993); Frantar & Alistarh, "Optimal brain compression" (2022),
+whose greedy removal is replaced here by a given mask and one exact solve.
 Shapes: ``W`` (K, D) and masks (K, D) with D = C·R·S in the weight's own order; ``H`` (D, D).
 """
 
@@ -21,11 +21,6 @@ def damped(moments_DD: Tensor) -> Tensor:
     """Return ``H`` float64 with ``DAMPING`` of its mean diagonal added, so that dead inputs leave it invertible."""
     moments = moments_DD.double()
     return moments + torch.eye(len(moments), dtype=torch.float64) * (DAMPING * moments.diagonal().mean() + 1e-12)
-
-
-def saliency(weight_KD: Tensor, inverse_DD: Tensor) -> Tensor:
-    """Return the output error that removing each single weight costs after compensation, ``w² / [H⁻¹]_jj`` (K, D)."""
-    return (weight_KD.double().square() / inverse_DD.diagonal()).to(weight_KD.dtype)
 
 
 def compensate(weight_KD: Tensor, mask_KD: Tensor, damped_DD: Tensor, inverse_DD: Tensor) -> Tensor:

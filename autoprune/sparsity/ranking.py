@@ -33,9 +33,15 @@ def top_mask(score: Tensor, count: int) -> Tensor:
     if count <= 0:
         return torch.zeros_like(score, dtype=torch.bool)
     score = torch.nan_to_num(score.detach(), nan=0.0, posinf=math.inf, neginf=-math.inf)
-    threshold = torch.kthvalue(score, size - count + 1, dim=-1, keepdim=True).values
+    threshold = _kth_smallest(score, size - count)
     above = score > threshold
     equal = score == threshold
     # No data-dependent branch here: one would stall a GPU on every call.
     missing = count - above.sum(-1, keepdim=True)
     return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= missing))
+
+
+def _kth_smallest(score: Tensor, index: int) -> Tensor:
+    if score.is_cuda:  # kthvalue there refuses to run under torch.use_deterministic_algorithms
+        return score.sort(dim=-1).values[..., index : index + 1]
+    return torch.kthvalue(score, index + 1, dim=-1, keepdim=True).values

@@ -113,6 +113,7 @@ class Campfire(Method):
     """Campfire as a method of a session; see the module."""
 
     name = "campfire"
+    settings_class = CampfireSettings
 
     def __init__(self, layers: list[PrunedLayer], clock: Clock, settings: object | None) -> None:
         super().__init__(layers, clock, settings)

@@ -109,6 +109,7 @@ class ClickTrain(Method):
     """ClickTrain as a method of a session; see the module."""
 
     name = "clicktrain"
+    settings_class = ClickTrainSettings
 
     def __init__(self, layers: list[PrunedLayer], clock: Clock, settings: object | None) -> None:
         super().__init__(layers, clock, settings)

@@ -233,7 +233,7 @@ def _load(path: Path, state: TrainState, identity: _Identity) -> None:
     pruning = None if identity.pruning is None else identity.pruning.record()
     if found != (asdict(identity.recipe), identity.seed, pruning):
         raise RunError(
-            f"checkpoint {path} is of another recipe, seed or policy; give another --run name, or --fresh to start over."
+            f"checkpoint {path} is of another recipe, seed or policy; give another --run name, or --fresh."
         )
     state.model.load_state_dict(payload["model"])
     state.optimizer.load_state_dict(payload["optimizer"])

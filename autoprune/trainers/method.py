@@ -74,6 +74,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    settings_class: ClassVar[type[Any]]
 
     def __init__(self, layers: Sequence[PrunedLayer], clock: Clock, settings: object | None) -> None:
         self.layers = layers
@@ -130,6 +131,40 @@ def read_settings(cls: type[S], method: str, settings: object | None) -> S:
         if name not in known:
             raise unknown_name(f"setting of trainer '{method}'", str(name), known)
     return cls(**settings)
+
+
+def parse_settings(method: str, texts: Sequence[str]) -> dict[str, object]:
+    """Return a method's settings from ``name=value`` texts, as written on a command line.
+
+    Raises:
+        UnknownName: No such method or setting.
+        TrainerError: A text without '=', or a value that is no number where one is wanted.
+    """
+    types = {field.name: str(field.type) for field in fields(METHODS.get(method).settings_class)}
+    values: dict[str, object] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if name not in types:
+            raise unknown_name(f"setting of trainer '{method}'", name, types)
+        if not equals or not value:
+            raise TrainerError(f"{method} setting '{text}': write it as {name}=value.")
+        values[name] = _parse_value(method, name, types[name], value)
+    return values
+
+
+def _parse_value(method: str, name: str, annotation: str, value: str) -> object:
+    kind = annotation.split("|")[0].strip()
+    try:
+        if kind == "int":
+            return int(value)
+        if kind == "float":
+            return float(value)
+        if kind == "bool":
+            return {"true": True, "false": False}[value.lower()]
+    except (ValueError, KeyError):
+        want = {"int": "a whole number", "float": "a number"}.get(kind, "true or false")
+        raise TrainerError(f"{method} setting {name}={value!r}: must be {want}.") from None
+    return value
 
 
 def check_setting(method: str, name: str, value: object, allowed: bool, want: str) -> None:

@@ -29,7 +29,6 @@ from autoprune.trainers.loop import Epoch, Pruning, Trained, train, write_metric
 from autoprune.trainers.recipe import Recipe
 from autoprune.trainers.schedule import TrainerError
 
-RESULT_NAME = "training.json"
 CONTROL_NAME = "dense"
 
 
@@ -178,7 +177,7 @@ def train_policy(request: TrainRequest, run: RunDir, progress: Progress | None =
         _add_control(result, control, data, request, run, progress)
     if request.policy is not None and request.bench_seconds > 0:
         result.deployment = _deploy(model, control, data, request, progress)
-    write_text(run.path / RESULT_NAME, result.model_dump_json(indent=1) + "\n")
+    write_text(run.training, result.model_dump_json(indent=1) + "\n")
     progress.finish()
     return result
 

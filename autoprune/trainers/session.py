@@ -8,6 +8,7 @@ not count, nor do the backward passes of gradient accumulation.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoprune.core.choices import Choice
+from autoprune.core.errors import ModelError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.search_spaces.trace import trace
@@ -51,7 +53,7 @@ class SessionReport:
         phases: In order.
         sparsity: Counts per layer and of the network, inference MACs saved included.
         training_macs_saved: Fraction of a dense training's MACs that the masks made unnecessary; None when the layers'
-            feature-map sizes stayed unknown (the model never saw a tensor as its first argument).
+            feature-map sizes stayed unknown (no example given, and the model does not run on its first argument alone).
     """
 
     method: str
@@ -233,7 +235,9 @@ class Session:
             return
         if self._example is not None:
             example, self._example = self._example, None
-            self._learn_shapes(example)
+            # A model that takes more than its first argument trains on; only its MACs stay unknown.
+            with contextlib.suppress(ModelError):
+                self._learn_shapes(example)
         scale = getattr(optimizer, "grad_scale", None)
         self.method.before_step(self.steps, 1.0 if scale is None else scale)
         self._mask_gradients()

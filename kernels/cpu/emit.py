@@ -131,7 +131,8 @@ def _unpack(b: ir.IRBuilder, x: ir.Value, y: ir.Value, width: int, high: bool) -
     """Interleave elements of ``width`` lanes from the low or high halves of the quarters of ``x`` and ``y``."""
     lanes = []
     for start in range(2 if high else 0, LANES, 4):
-        lanes += [start, start + 16, start + 1, start + 17] if width == 1 else [start, start + 1, start + 16, start + 17]
+        second = start + LANES
+        lanes += [start, second, start + 1, second + 1] if width == 1 else [start, start + 1, second, second + 1]
     return shuffle(b, x, y, lanes)
 
 
@@ -150,7 +151,7 @@ def kernel(n_args: int, result: types.Type = types.void) -> Callable[[Callable[.
             return context.get_dummy_value() if result == types.void else value
 
         space: dict[str, Any] = {"signature": signature, "codegen": codegen}
-        exec(f"def {emit.__name__}(typingctx, {names}):\n    return signature, codegen", space)  # noqa: S102
+        exec(f"def {emit.__name__}(typingctx, {names}):\n    return signature, codegen", space)
         function: Callable[..., Any] = intrinsic(space[emit.__name__])
         return function
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from autoprune.kernels.cpu.shapes import BLOCK_TILES, LANES, vector_registers
+from autoprune.kernels.cpu.shapes import BLOCK_TILES, LANES
 
 # Cycles, measured on Zen 5: a broadcast or vector load .58, an FMA .5, and what a tile costs around its loop.
 LOAD_CYCLES, FMA_CYCLES, LATENCY_CYCLES, TILE_CYCLES, STORE_CYCLES = 0.58, 0.5, 4.0, 20.0, 1.2
@@ -40,62 +40,54 @@ class Strides:
 
 
 @lru_cache(maxsize=4096)
-def cover_map(height: int, width: int, vectors: int, entries: int) -> tuple[tuple[int, int, int], ...]:
+def cover_map(height: int, width: int, vectors: int, entries: int, registers: int) -> tuple[tuple[int, int, int], ...]:
     """Return (variant, row, column) of the block tiles that cover a map in the least predicted time.
+
+    The map is cut into columns, each as wide as one kind of tile, and every column into tiles from top to bottom.
 
     Args:
         height, width: Of the output.
         vectors: Vectors of 16 filters in a block.
         entries: Mean kept blocks per group of filters, rounded.
+        registers: Vectors that fit into the machine's registers.
     """
-    usable = []
-    for variant, tile in enumerate(BLOCK_TILES):
-        pixels = tile.rows * tile.cols
-        if tile.vectors != vectors or (pixels > 1 and pixels * vectors * tile.unroll > tile_budget(vectors)):
-            continue
-        loads = (pixels + vectors) * LOAD_CYCLES
-        loop = max(pixels * vectors * FMA_CYCLES, loads, LATENCY_CYCLES / tile.unroll)
-        usable.append((variant, tile, entries * loop + TILE_CYCLES + STORE_CYCLES * pixels * vectors))
-
-    @lru_cache(maxsize=None)
-    def column(cols: int, rows_left: int) -> tuple[float, tuple[int, ...]]:
-        if rows_left == 0:
-            return 0.0, ()
-        best: tuple[float, tuple[int, ...]] = (float("inf"), ())
-        for variant, tile, cycles in usable:
-            if tile.cols == cols and tile.rows <= rows_left:
-                rest, tiles = column(cols, rows_left - tile.rows)
-                best = min(best, (cycles + rest, (variant, *tiles)))
-        return best
-
-    @lru_cache(maxsize=None)
-    def plane(cols_left: int) -> tuple[float, tuple[int, ...]]:
-        if cols_left == 0:
-            return 0.0, ()
-        best: tuple[float, tuple[int, ...]] = (float("inf"), ())
-        for cols in {tile.cols for _, tile, _ in usable if tile.cols <= cols_left}:
-            rest, columns = plane(cols_left - cols)
-            best = min(best, (column_cost(cols) + rest, (cols, *columns)))
-        return best
-
-    @lru_cache(maxsize=None)
-    def column_cost(cols: int) -> float:
-        for rows in range(0, height, 64):  # fills the cache bottom-up, so that the recursion stays shallow
-            column(cols, rows)
-        return column(cols, height)[0]
-
-    for cols in range(0, width, 64):
-        plane(cols)
+    prices = _prices(vectors, entries, registers)
+    columns = {}
+    for cols in {BLOCK_TILES[v].cols for v in prices}:
+        pieces = {v: (BLOCK_TILES[v].rows, cost) for v, cost in prices.items() if BLOCK_TILES[v].cols == cols}
+        columns[cols] = _fill(height, pieces)
+    _, widths = _fill(width, {cols: (cols, cost) for cols, (cost, _) in columns.items()})
     tiles, left = [], 0
-    for cols in plane(width)[1]:
+    for cols in widths:
         top = 0
-        for variant in column(cols, height)[1]:
+        for variant in columns[cols][1]:
             tiles.append((variant, top, left))
             top += BLOCK_TILES[variant].rows
         left += cols
     return tuple(sorted(tiles, key=lambda tile: tile[1:]))
 
 
-def tile_budget(vectors: int) -> int:
-    """Return how many sums a tile may keep in registers beside ``vectors`` weights and one broadcast."""
-    return vector_registers() - vectors - 1
+def _prices(vectors: int, entries: int, registers: int) -> dict[int, float]:
+    """Return the predicted cycles of every tile of ``vectors`` whose sums fit beside the weights and one broadcast."""
+    prices = {}
+    for variant, tile in enumerate(BLOCK_TILES):
+        pixels = tile.rows * tile.cols
+        fits = pixels == 1 or pixels * vectors * tile.unroll <= registers - vectors - 1
+        if tile.vectors == vectors and fits:
+            sums, loads = pixels * vectors * FMA_CYCLES, (pixels + vectors) * LOAD_CYCLES
+            loop = max(sums, loads, LATENCY_CYCLES / tile.unroll)
+            prices[variant] = entries * loop + TILE_CYCLES + STORE_CYCLES * pixels * vectors
+    return prices
+
+
+def _fill(length: int, pieces: dict[int, tuple[int, float]]) -> tuple[float, list[int]]:
+    """Return the cheapest pieces, (length, cost) by name, that add up to ``length``: infinite cost if none do."""
+    best: list[tuple[float, int]] = [(0.0, -1)]
+    for total in range(1, length + 1):
+        options = [(best[total - size][0] + cost, name) for name, (size, cost) in pieces.items() if size <= total]
+        best.append(min(options, default=(float("inf"), -1)))
+    names: list[int] = []
+    while length > 0 and best[length][1] >= 0:
+        names.append(best[length][1])
+        length -= pieces[names[-1]][0]
+    return best[-1][0], sorted(names, reverse=True)

@@ -35,6 +35,7 @@ class Memory:
         self.strides = [Strides.of(b.channels, b.height, b.width, b.halo, b.index in exact) for b in buffers]
         self.base: list[int] = []
         noise = np.random.default_rng(0)
+        self._wholes: list[npt.NDArray[np.float32]] = []
         self._interiors: list[npt.NDArray[np.float32]] = []
         for buffer, strides in zip(buffers, self.strides, strict=True):
             shift = buffer.index * STAGGER_BYTES % 4096
@@ -47,7 +48,7 @@ class Memory:
             interior = pixels[:, inside[0], inside[1], : buffer.channels]
             interior[:] = noise.uniform(-1, 1, interior.shape)  # so that timings alone see plausible numbers
             self._interiors.append(interior)
-            self._arrays.append(pixels)
+            self._wholes.append(pixels)
 
     def keep(self, array: npt.NDArray[np.generic]) -> int:
         """Own ``array`` and return its address."""
@@ -64,9 +65,7 @@ class Memory:
 
     def whole_NHWC(self, buffer: Buffer) -> npt.NDArray[np.float32]:
         """Return a view of a buffer with its halo and padding channels."""
-        whole = self._interiors[buffer.index].base
-        assert isinstance(whole, np.ndarray)
-        return whole
+        return self._wholes[buffer.index]
 
     @property
     def size_bytes(self) -> int:

@@ -17,6 +17,8 @@ from autoprune.kernels.cpu.shapes import CSR_TILES, LANES, vector_registers
 Tile = tuple[int, int, int, int]
 
 SPLIT_LOAD = 2.1  # cost of a load that crosses a cache line, in loads
+NEAR_BYTES, BLOCK_BYTES = 44 * 1024, 24 * 1024  # planes that are left in one block, and the size of blocks otherwise
+BLOCK_ENTRIES = 10  # per filter and shift group in a block
 GATHER_CYCLES = 4.0  # to bring one vector of one channel into a plane
 
 
@@ -44,6 +46,19 @@ class PlaneLayout:
         """Bytes from one channel's planes to the next channel's; never a multiple of 1 KiB."""
         size = 4 * self.positions * len(self.planes)
         return size + 64 if size % 1024 == 0 else size
+
+    def channel_blocks(self, channels: int, entries: float) -> int:
+        """Return into how many blocks to split the input channels, so that a tile's part of a block stays near.
+
+        Args:
+            channels: Input channels of the layer.
+            entries: Kept weights per filter; blocks with very few are not worth their start.
+        """
+        tile = max(CSR_TILES[variant].vectors for variant, *_ in self.tiles)
+        held = channels * min(self.channel_bytes, len(self.planes) * 4 * (LANES * tile + 2 * self.width))
+        if held <= NEAR_BYTES:
+            return 1
+        return max(1, min(-(-held // BLOCK_BYTES), int(entries / self.shifts / BLOCK_ENTRIES)))
 
     def place(self, layer: LayerSpec, r: int, s: int) -> tuple[int, int, int]:
         """Return (plane, position in it, column shift) at which tap (r, s) finds the input of output position 0."""
@@ -98,7 +113,8 @@ def _cover_positions(
 
     A tile's last ``reach`` positions are spoilt, because their right neighbours are in no register.
     """
-    usable = [(v, t) for v, t in enumerate(CSR_TILES) if t.vectors * t.unroll + 2 <= vector_registers() or t.vectors == 1]
+    room = vector_registers() - 2
+    usable = [(v, t) for v, t in enumerate(CSR_TILES) if t.vectors * t.unroll <= room or t.vectors == 1]
     total = (height - 1) * pitch + width
 
     def owned_end(start: int, vectors: int) -> int:

@@ -13,26 +13,27 @@ import torch
 
 from autoprune.core.errors import ModelError
 from autoprune.core.layers import LayerSpec
-from autoprune.kernels.cpu.assemble import (
+from autoprune.kernels.cpu.assemble import assemble, transfer
+from autoprune.kernels.cpu.assemble_common import Row, Work
+from autoprune.kernels.cpu.memory import Buffer, Memory
+from autoprune.kernels.cpu.operations import (
     Conv,
     Elementwise,
     Epilogue,
     Operation,
     Pool,
-    Row,
-    Work,
-    assemble,
-    transfer,
+    check_conv,
+    check_pool,
+    check_same,
+    floats,
 )
-from autoprune.kernels.cpu.memory import Buffer, Memory
 from autoprune.kernels.cpu.rows import ROW_FIELDS, Control, Field, Op, control_size
-from autoprune.kernels.cpu.shapes import LANES
 from autoprune.kernels.cpu.team import Team
 from autoprune.kernels.formats import aligned
 
 __all__ = ["Buffer", "Epilogue", "Program"]
 
-CHUNK_BYTES = 512 * 1024  # activations that pass all rows together should stay in a second-level cache
+CHUNK_BYTES = 2 * 1024 * 1024  # activations of the images that pass all rows together; measured flat from 1 to 4 MiB
 
 
 class Program:
@@ -106,23 +107,23 @@ class Program:
             ModelError: Sizes do not fit together.
         """
         self._check_open()
-        weight = _floats(weight_KCRS)
+        weight = floats(weight_KCRS)
         weight = weight.reshape(*weight.shape, 1, 1) if weight.ndim == 2 else weight
-        bias = np.zeros(len(weight), np.float32) if bias_K is None else _floats(bias_K)
+        bias = np.zeros(len(weight), np.float32) if bias_K is None else floats(bias_K)
         operation = Conv(x, out, layer, weight, bias, kernel, epilogue, block)
-        _check_conv(operation)
+        check_conv(operation)
         self._operations.append(operation)
 
     def add(self, x: Buffer, y: Buffer, out: Buffer, relu: bool) -> None:
         """Add ``out = x + y``, rectified if ``relu``; ``out`` may be one of the two."""
         self._check_open()
-        _check_same("add", x, y, out)
+        check_same("add", x, y, out)
         self._operations.append(Elementwise(x, y, out, relu))
 
     def relu(self, x: Buffer, out: Buffer) -> None:
         """Add ``out = max(x, 0)``; ``out`` may be ``x``."""
         self._check_open()
-        _check_same("relu", x, out)
+        check_same("relu", x, out)
         self._operations.append(Elementwise(x, None, out, True))
 
     def global_avg_pool(self, x: Buffer, out: Buffer) -> None:
@@ -139,14 +140,7 @@ class Program:
 
     def _pool(self, pool: Pool) -> None:
         self._check_open()
-        size = tuple(
-            (length + 2 * pool.padding - window) // pool.stride + 1
-            for length, window in zip((pool.x.height, pool.x.width), pool.window, strict=True)
-        )
-        if (pool.out.channels, pool.out.height, pool.out.width) != (pool.x.channels, *size) or pool.x == pool.out:
-            raise ModelError(f"pool: {pool.x} → {pool.out}: the output must be another map of {pool.x.channels}×{size}.")
-        if 2 * pool.padding > min(pool.window):
-            raise ModelError(f"pool: padding {pool.padding} is more than half of the window {pool.window}.")
+        check_pool(pool)
         self._operations.append(pool)
 
     def finish(self) -> None:
@@ -224,13 +218,11 @@ class Program:
             Control.CHUNK: chunk if self._by_image else self.batch,
             Control.BY_IMAGE: int(self._by_image),
         }
-        shape = (self.batch, 0, 0, 0) if self._input is None else self._shape(self._input)
-        self._sample = torch.zeros(shape)
-        self._result = torch.zeros(self._shape(self._output)) if self._output is not None else torch.zeros(0)
+        self._in_shape, self._out_shape = _tensor_shape(self._input), _tensor_shape(self._output)
+        if self._out_shape[2:] == (1, 1):
+            self._out_shape = self._out_shape[:2]
+        self._sample, self._result = torch.zeros(self._in_shape), torch.zeros(self._out_shape)
         self._team: Team | None = None
-
-    def _shape(self, buffer: Buffer) -> tuple[int, int, int, int]:
-        return (self.batch, buffer.channels, buffer.height, buffer.width)
 
     def run(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         """Return the output for one batch.
@@ -242,20 +234,23 @@ class Program:
         Raises:
             ModelError: Wrong shape, or the program has no input or output.
         """
+        self._check_finished()
         if self._input is None or self._output is None:
             raise ModelError("program: run() needs set_input() and set_output() before finish().")
-        if x_NCHW.dtype != torch.float32 or tuple(x_NCHW.shape) != self._shape(self._input):
-            want = "×".join(map(str, self._shape(self._input)))
+        if x_NCHW.dtype != torch.float32 or x_NCHW.shape != self._in_shape:
+            want = "×".join(map(str, self._in_shape))
             raise ModelError(f"program: input is {tuple(x_NCHW.shape)} {x_NCHW.dtype}; it takes float32 of {want}.")
         x = x_NCHW.contiguous()
-        result = torch.empty(self._shape(self._output))
-        self._do(1, x.data_ptr(), result.data_ptr(), None, False)
-        return result.flatten(1) if self._output.height * self._output.width == 1 else result
+        result = torch.empty(self._out_shape)
+        with self._lock:
+            self._ready_team().run_on(x.data_ptr(), result.data_ptr())
+        return result
 
     def time_us(self, repeats: int) -> npt.NDArray[np.float64]:
         """Return the wall time of each of ``repeats`` whole runs in µs, on the buffers as they are."""
+        self._check_finished()
         times = np.zeros(repeats, np.int64)
-        self._do(repeats, self._sample.data_ptr(), self._result.data_ptr(), times, False)
+        self._measure(repeats, times, by_row=False)
         return times / 1e3
 
     def profile_us(self, repeats: int) -> list[npt.NDArray[np.float64]]:
@@ -263,27 +258,29 @@ class Program:
 
         With several threads these are the times of the calling thread, waiting for the others included.
         """
+        self._check_finished()
         times = np.zeros((repeats, max(self._n_rows, 1)), np.int64)
-        self._do(repeats, self._sample.data_ptr(), self._result.data_ptr(), times, True)
+        self._measure(repeats, times, by_row=True)
         return [times[:, first:last].sum(axis=1) / 1e3 for first, last in self._spans]
 
-    def _do(self, repeats: int, source: int, target: int, times: npt.NDArray[np.int64] | None, by_row: bool) -> None:
+    def _measure(self, repeats: int, times: npt.NDArray[np.int64], by_row: bool) -> None:
         with self._lock:
-            team = self._team
-            if team is None or team.process != os.getpid():
-                team = self._recruit()
-            control = self._control
-            control[Control.SOURCE] = source
-            control[Control.TARGET] = target
+            team, control = self._ready_team(), self._control
+            control[Control.SOURCE] = self._sample.data_ptr()
+            control[Control.TARGET] = self._result.data_ptr()
             control[Control.REPEATS] = repeats
-            control[Control.TIMES] = 0 if times is None else times.ctypes.data
+            control[Control.TIMES] = times.ctypes.data
             control[Control.PROFILE] = by_row
             team.run()
+
+    def _ready_team(self) -> Team:
+        team = self._team
+        return team if team is not None and team.process == os.getpid() else self._recruit()
 
     def _recruit(self) -> Team:
         """Start a team; also after a fork, which copies no threads and may copy a half-open barrier."""
         memory = self.memory
-        self._control = aligned((control_size(self.threads),), np.int64)
+        self._control = aligned((control_size(self.threads),), np.int64).view(np.int64)
         for field, value in self._control_values.items():
             self._control[field] = value
         self._team = Team(self._control, (memory,))
@@ -293,8 +290,8 @@ class Program:
     @property
     def memory(self) -> Memory:
         """The buffers of the finished program, for looking into and for filling by hand."""
-        if self._memory is None:
-            raise ModelError("program: call finish() first; buffers have no memory before.")
+        self._check_finished()
+        assert self._memory is not None
         return self._memory
 
     @property
@@ -307,45 +304,15 @@ class Program:
         """Bytes of activation buffers and workspaces."""
         return self._workspace_bytes
 
+    def _check_finished(self) -> None:
+        if self._memory is None:
+            raise ModelError("program: call finish() first; nothing runs and no buffer has memory before.")
+
     def _check_open(self) -> None:
         if self._memory is not None:
             raise ModelError("program: it is finished; build a new one to change it.")
 
 
-def _floats(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
-    array: npt.NDArray[np.float32] = tensor.detach().to("cpu", torch.float32).contiguous().numpy().copy()
-    return array
-
-
-def _check_same(name: str, *buffers: Buffer) -> None:
-    shapes = [(b.channels, b.height, b.width) for b in buffers]
-    if len(set(shapes)) > 1:
-        raise ModelError(f"{name}: maps differ in size: {shapes}.")
-
-
-def _check_conv(conv: Conv) -> None:
-    layer, x, out = conv.layer, conv.x, conv.out
-    k, c, *window = conv.weight.shape
-    size = tuple(
-        (length + 2 * p - d * (w - 1) - 1) // s + 1
-        for length, p, d, w, s in zip(
-            (x.height, x.width), layer.padding, layer.dilation, window, layer.stride, strict=True
-        )
-    )
-    problem = None
-    if layer.groups != 1:
-        problem = f"{layer.groups} groups; the kernels take 1"
-    elif conv.kernel not in ("dense", "block", "csr") or conv.block not in (LANES, 2 * LANES):
-        problem = f"kernel {conv.kernel!r} with block {conv.block}; known are dense, block, csr with 16 or 32"
-    elif (x.channels, out.channels, len(conv.bias)) != (c, k, k) or tuple(window) != layer.window:
-        problem = f"weight {conv.weight.shape} and bias ({len(conv.bias)}) do not fit {x.channels} → {out.channels}"
-    elif (out.height, out.width) != size or size != layer.output_hw:
-        problem = f"output is {out.height}×{out.width}, must be {size}, the layer says {layer.output_hw}"
-    elif max(layer.padding) > x.halo:
-        problem = f"padding {layer.padding} needs a halo of {max(layer.padding)}; the input has {x.halo}"
-    elif x == out:
-        problem = "input and output are one buffer"
-    if problem is not None:
-        raise ModelError(f"layer '{layer.name}': {problem}.")
-    if conv.epilogue.residual is not None:
-        _check_same(f"residual of layer '{layer.name}'", conv.epilogue.residual, out)
+def _tensor_shape(buffer: Buffer | None) -> tuple[int, ...]:
+    """Return the NCHW shape of a buffer; (0,) without one."""
+    return (0,) if buffer is None else (buffer.batch, buffer.channels, buffer.height, buffer.width)

@@ -1,7 +1,7 @@
-"""The instruction row: 48 int64 fields that tell the compiled loop what to do. Strides are bytes, pointers are addresses.
+"""The instruction row: 48 int64 fields that tell the compiled loop what to do. Strides are bytes, pointers addresses.
 
-Images, output pixels and filters are not listed here one by one: ``TILES`` points to a list of tiles (int32 quadruples)
-that covers one image, made once when the program is frozen.
+Output pixels are not listed here one by one: ``TILES`` points to a list of tiles (int32 quadruples) that covers one
+image, made once when the program is frozen.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class Field(IntEnum):
     N_TILES = 16
     GROUPS = 17  # groups of filters: 16 · vectors each (block), 16 each (csr)
     VECTORS = 18
-    POINTERS = 19  # block: int64[groups + 1]; csr: int32[filters · shifts + 1]
+    POINTERS = 19  # block: int64[groups + 1]; csr: int32[filters · blocks · shifts + 1]
     ENTRIES = 20  # block: int32 byte offsets; csr: {int32 byte offset, float32 weight}
     WEIGHTS = 21
     SHIFTS = 22  # csr: lane-shift groups of a filter
     WORK = 23  # planes, workspace of one image
     WORK_IMAGE = 24
     PLANE = 25  # bytes of one channel's planes
-    PIXELS = 26  # planar: int32 byte offset of every position's source pixel; csr: of every position's output pixel or -1
+    PIXELS = 26  # int32 byte offset of every position's source pixel (planar), output pixel or -1 (csr)
     N_VECTORS = 27  # planar: vectors of 16 positions in a plane
     SCRATCH = 28  # csr: filter-major tile before the transpose, per thread
     SCRATCH_THREAD = 29
@@ -74,6 +74,7 @@ class Field(IntEnum):
     MEAN = 44  # pool: 1 mean, 0 maximum
     IN_HEIGHT = 45
     IN_WIDTH = 46
+    BLOCKS = 47  # csr: blocks of input channels
 
 
 class Control(IntEnum):

@@ -10,6 +10,7 @@ from numba import njit
 from autoprune.kernels.cpu.shapes import BLOCK_TILES, CSR_TILES
 from autoprune.kernels.cpu.tiles import block_tile, csr_tile
 
+
 def _selector(name: str, makers: list[Callable[..., Any]], n_args: int) -> Callable[..., Any]:
     """Return ``name(variant, *args)`` that calls the variant's intrinsic: numba has no tables of functions."""
     args = ", ".join(f"a{i}" for i in range(n_args))
@@ -23,4 +24,4 @@ def _selector(name: str, makers: list[Callable[..., Any]], n_args: int) -> Calla
 
 
 run_block_tile = _selector("run_block_tile", [block_tile(tile) for tile in BLOCK_TILES], 8)
-run_csr_tile = _selector("run_csr_tile", [csr_tile(tile) for tile in CSR_TILES], 5)
+run_csr_tile = _selector("run_csr_tile", [csr_tile(tile) for tile in CSR_TILES], 6)

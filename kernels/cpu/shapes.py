@@ -59,9 +59,11 @@ CSR_TILES = (
     CsrTile(4, 2),
     CsrTile(5, 2),
     CsrTile(6, 2),
+    CsrTile(7, 2),
     CsrTile(8, 1),
     CsrTile(10, 1),
     CsrTile(12, 1),
+    CsrTile(13, 1),
     CsrTile(14, 1),
 )
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from autoprune.kernels.cpu.engine import ANNOUNCE, ENTER, RUN, STOPPED, WORK
+from autoprune.kernels.cpu.engine import ANNOUNCE, ENTER, PREPARE, RUN, STOPPED, WORK
 from autoprune.kernels.cpu.rows import Control
 
 PATIENCE_NS = 200_000  # how long a worker spins for the next run before it sleeps
@@ -31,8 +31,8 @@ class Team:
         epoch = int(control[Control.EPOCH])
         self._bells = [threading.Semaphore(0) for _ in range(int(control[Control.THREADS]) - 1)]
         self._workers = [
-            threading.Thread(target=_serve, args=(control, keep, i + 1, bell, epoch), daemon=True, name=f"kernel-{i + 1}")
-            for i, bell in enumerate(self._bells)
+            threading.Thread(target=_serve, args=(control, keep, i, bell, epoch), daemon=True, name=f"kernel-{i}")
+            for i, bell in enumerate(self._bells, start=1)
         ]
         for worker in self._workers:
             worker.start()
@@ -45,6 +45,11 @@ class Team:
                 if asleep >> (index + 1) & 1:
                     bell.release()
         ENTER(RUN, self._address, 0, 0, 0)
+
+    def run_on(self, source: int, target: int) -> None:
+        """Run once from the tensor at address ``source`` to the one at ``target``."""
+        ENTER(PREPARE, self._address, source, target, 0)
+        self.run()
 
     def stop(self) -> None:
         """End the workers; in a forked child, which has none, do nothing."""

@@ -34,7 +34,6 @@ from autoprune.kernels.cpu.emit import (
 from autoprune.kernels.cpu.rows import Field
 from autoprune.kernels.cpu.shapes import LANES, VECTOR_BYTES, BlockTile, CsrTile
 
-
 PAIR = ir.VectorType(F32, 2)
 LANE_NUMBERS = ir.VectorType(I32, LANES)
 
@@ -54,7 +53,9 @@ def _multiples(b: ir.IRBuilder, step: ir.Value, count: int) -> list[ir.Value]:
     return result
 
 
-def _finish(b: ir.IRBuilder, row: ir.Value, out: ir.Value, res: ir.Value, tile: BlockTile, sums: list[ir.Value]) -> None:
+def _finish(
+    b: ir.IRBuilder, row: ir.Value, out: ir.Value, res: ir.Value, tile: BlockTile, sums: list[ir.Value]
+) -> None:
     """Add the residual if there is one, apply the floor, store."""
     places = [(r, q, v) for r in range(tile.rows) for q in range(tile.cols) for v in range(tile.vectors)]
 
@@ -130,16 +131,18 @@ def _total(b: ir.IRBuilder, sets: list[ir.Value], size: int) -> list[ir.Value]:
 
 
 def csr_tile(tile: CsrTile) -> Callable[..., Any]:
-    """Return the intrinsic ``f(planes, entries, pointers, shifts, out)``: one filter on ``16 · vectors`` positions.
+    """Return the intrinsic ``f(planes, entries, pointers, shifts, out, more)``: one filter, ``16 · vectors`` positions.
 
     ``planes`` is the address of the tile's first position in plane 0; ``pointers`` of the filter's int32[shifts + 1].
+    ``more`` = 1 adds to what ``out`` holds, 0 overwrites it.
     Entries are pairs {two int32 byte offsets, two float32 weights}; every group holds a multiple of ``step`` of them.
     """
     size = tile.vectors
 
-    @kernel(5)
+    @kernel(6)
     def csr(
-        b: ir.IRBuilder, planes: ir.Value, entries: ir.Value, pointers: ir.Value, shifts: ir.Value, out: ir.Value
+        b: ir.IRBuilder, planes: ir.Value, entries: ir.Value, pointers: ir.Value, shifts: ir.Value, out: ir.Value,
+        more: ir.Value,
     ) -> None:
         def group(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             following = [*sums[1:], ZERO]
@@ -167,8 +170,13 @@ def csr_tile(tile: CsrTile) -> Callable[..., Any]:
             count = b.sdiv(b.sub(last, first), i64(tile.step))
             return _total(b, loop(b, count, sums + [ZERO] * (size * (tile.unroll - 1)), pairs), size)
 
+        def add_previous(_: ir.Value, now: list[ir.Value]) -> list[ir.Value]:
+            return [b.fadd(total, load(b, place, align=VECTOR_BYTES)) for total, place in zip(now, places, strict=True)]
+
         sums = loop(b, shifts, [ZERO] * size, group)
-        for v, total in enumerate(sums):
-            store(b, total, b.add(out, i64(VECTOR_BYTES * v)), VECTOR_BYTES)
+        places = [b.add(out, i64(VECTOR_BYTES * v)) for v in range(size)]
+        sums = loop(b, more, sums, add_previous)
+        for total, place in zip(sums, places, strict=True):
+            store(b, total, place, VECTOR_BYTES)
 
     return csr

@@ -1,0 +1,61 @@
+"""Fields that all assembled rows share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from autoprune.kernels.cpu.layout import round_up
+from autoprune.kernels.cpu.memory import Buffer, Memory
+from autoprune.kernels.cpu.operations import Conv
+from autoprune.kernels.cpu.rows import Field, Op
+from autoprune.kernels.cpu.shapes import LANES
+from autoprune.kernels.formats import aligned
+
+Row = dict[Field, int]
+
+
+@dataclass(slots=True)
+class Work:
+    """Workspace that the rows assembled so far need, per image and per thread."""
+
+    image_bytes: int = 0
+    scratch_bytes: int = 0
+
+
+def target(op: Op, buffer: Buffer, memory: Memory) -> Row:
+    """Return the fields that say where an operation writes."""
+    strides = memory.strides[buffer.index]
+    return {
+        Field.OP: op,
+        Field.OUT: memory.at(buffer),
+        Field.OUT_IMAGE: strides.image,
+        Field.OUT_ROW: strides.row,
+        Field.OUT_STEP: strides.pixel,
+        Field.HEIGHT: buffer.height,
+        Field.WIDTH: buffer.width,
+        Field.CHANNELS: round_up(buffer.channels, LANES) // LANES,
+    }
+
+
+def epilogue(conv: Conv, memory: Memory) -> Row:
+    """Return the fields of bias, residual and rectifier."""
+    row: Row = {Field.RELU: int(conv.epilogue.relu), Field.BIAS: memory.keep(_padded_bias(conv))}
+    residual = conv.epilogue.residual
+    if residual is not None:
+        strides = memory.strides[residual.index]
+        row |= {
+            Field.RES: memory.at(residual),
+            Field.RES_IMAGE: strides.image,
+            Field.RES_ROW: strides.row,
+            Field.RES_STEP: strides.pixel,
+        }
+    return row
+
+
+def _padded_bias(conv: Conv) -> npt.NDArray[np.generic]:
+    bias = aligned((round_up(len(conv.bias), 2 * LANES),), np.float32)
+    bias[: len(conv.bias)] = conv.bias
+    return bias

@@ -1,0 +1,155 @@
+"""AMC's agent: what it adds to the library's DDPG, and that it learns."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from synthetic import layer_specs, make_problem
+
+from autoprune.core.choices import Choice, Dense, Fine
+from autoprune.envs.problem import Assignment, Constraint, Problem, Quality
+from autoprune.envs.pruning_env import PruningEnv
+from autoprune.search.base import Account
+from autoprune.search.ddpg import AMCAgent, DDPGSearcher, DDPGSettings, own_rng, truncated_normal
+from autoprune.search.random_search import RandomSearcher
+from autoprune.search.study import Study
+
+
+def agent_after(episodes: int, warm_up: int = 3, layers: int = 4) -> AMCAgent:
+    env = PruningEnv(make_problem(layers=layers), "log_kl")
+    with own_rng():
+        agent = AMCAgent(env, DDPGSettings(), warm_up, episodes, seed=0)
+        agent.learn(episodes * layers, log_interval=10**9)
+    return agent
+
+
+def test_networks_rates_and_targets_are_amcs() -> None:
+    agent = agent_after(5)
+    sizes = [module.out_features for module in agent.actor.mu if isinstance(module, torch.nn.Linear)]
+    assert sizes == [300, 300, 2]
+    assert agent.actor.optimizer.param_groups[0]["lr"] == 1e-4
+    assert agent.critic.optimizer.param_groups[0]["lr"] == 1e-3
+    assert (agent.tau, agent.batch_size, agent.gamma) == (0.01, 64, 1.0)
+
+
+def test_one_update_per_step_once_the_warm_up_is_over() -> None:
+    assert agent_after(7, warm_up=3)._n_updates == 4 * 4
+
+
+def test_every_transition_is_credited_the_episodes_whole_return() -> None:
+    agent = agent_after(6, warm_up=100)
+    buffer = agent.replay_buffer
+    assert buffer is not None
+    samples = buffer._get_samples(np.arange(24))
+    terminal = np.repeat(buffer.rewards[3:24:4, 0], 4)
+    assert samples.rewards[:, 0].numpy() == pytest.approx(terminal)
+    assert samples.dones.min() == 1.0
+    assert set(np.flatnonzero(buffer.rewards[:24, 0])) == set(range(3, 24, 4))
+
+
+def test_the_replay_holds_executed_actions() -> None:
+    agent = agent_after(4, warm_up=100)
+    buffer = agent.replay_buffer
+    assert buffer is not None
+    env = PruningEnv(make_problem(layers=4))
+    stored = (buffer.actions[:16, 0] + 1.0) / 2.0
+    for start in range(0, 16, 4):
+        env.reset()
+        for step in range(4):
+            _, _, _, _, info = env.step(stored[start + step])
+            # Executing a stored action executes it as it stands.
+            assert info["executed"] == pytest.approx(stored[start + step], abs=1e-5)
+
+
+def test_rewards_are_standardised_by_the_warm_up() -> None:
+    agent = agent_after(9, warm_up=8)
+    buffer = agent.replay_buffer
+    assert buffer is not None
+    warm = buffer.rewards[3:32:4, 0]
+    assert warm.mean() == pytest.approx(0.0, abs=0.3)
+    assert agent.reward_spread > 0.0
+    raw = buffer.rewards[3:36:4, 0] * agent.reward_spread + agent.reward_mean
+    assert np.isfinite(raw).all()
+
+
+def test_noise_is_uniform_first_then_shrinks_around_the_actor() -> None:
+    agent = agent_after(4, warm_up=3)
+    sigmas = []
+    for episode in (0, 2, 3, 4, 13, 200):
+        agent._episode_num = episode
+        sigmas.append(agent.noise_sigma)
+    assert sigmas == pytest.approx([0.0, 0.0, 0.5, 0.475, 0.5 * 0.95**10, 0.1])
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.3, 1.0])
+def test_truncated_noise_stays_in_range_and_has_the_truncated_mean(mean: float) -> None:
+    from scipy.stats import truncnorm
+
+    rng = np.random.default_rng(0)
+    samples = truncated_normal(np.full(20_000, mean), 0.3, rng)
+    assert 0.0 <= samples.min() <= samples.max() <= 1.0
+    exact = truncnorm(-mean / 0.3, (1.0 - mean) / 0.3, mean, 0.3)
+    assert samples.mean() == pytest.approx(exact.mean(), abs=0.01)
+    assert samples.std() == pytest.approx(exact.std(), abs=0.01)
+    assert truncated_normal(np.full(3, mean), 0.0, rng).tolist() == [mean] * 3
+
+
+def test_global_generators_are_left_as_they_were() -> None:
+    np.random.seed(5)
+    torch.manual_seed(5)
+    expected = np.random.random(), torch.rand(1).item()
+    np.random.seed(5)
+    torch.manual_seed(5)
+    problem = make_problem(layers=3)
+    DDPGSearcher().search(problem, Study(problem), 4, seed=9)
+    assert (np.random.random(), torch.rand(1).item()) == expected
+
+
+def test_short_searches_warm_up_for_a_quarter() -> None:
+    problem = make_problem(layers=3)
+    seen: list[int] = []
+
+    class Watching(AMCAgent):
+        def __init__(self, env: PruningEnv, settings: DDPGSettings, warm_up: int, episodes: int, seed: int) -> None:
+            seen.append(warm_up)
+            super().__init__(env, settings, warm_up, episodes, seed)
+
+    from autoprune.search import ddpg
+
+    original, ddpg.AMCAgent = ddpg.AMCAgent, Watching  # type: ignore[misc]
+    try:
+        for evaluations in (1, 8):
+            DDPGSearcher().search(problem, Study(problem), evaluations)
+    finally:
+        ddpg.AMCAgent = original  # type: ignore[misc]
+    assert seen == [1, 2]
+
+
+def contrast(layers: int) -> Problem:
+    """Every other layer can be pruned for nothing; the others hurt in proportion to what is taken."""
+    specs = layer_specs(layers)
+    keeps = [round(1.0 - 0.05 * step, 2) for step in range(1, 20)]
+    choices: dict[str, tuple[Choice, ...]] = {spec.name: (Dense(), *(Fine(keep) for keep in keeps)) for spec in specs}
+    densities = np.array([1.0, *keeps])
+    weights = [1.0 if index % 2 else 0.02 for index in range(layers)]
+    errors = [weight * (1.0 - densities) for weight in weights]
+    costs = tuple(10.0 * densities for _ in specs)
+
+    def evaluate(assignment: Assignment) -> Quality:
+        error = float(sum(row[index] for row, index in zip(errors, assignment, strict=True)))
+        return Quality(error, 0.9 * np.exp(-error), 0.0)
+
+    return Problem(specs, choices, [Constraint("latency", costs, 5.0 * layers)], errors, evaluate)
+
+
+def test_ddpg_from_scratch_beats_random_at_equal_evaluations() -> None:
+    errors: dict[str, list[float]] = {"ddpg": [], "random": []}
+    for seed in range(3):
+        for searcher in (DDPGSearcher(), RandomSearcher()):
+            problem = contrast(6)
+            study = Study(problem)
+            account = Account(study, searcher.name, 40)
+            assert account.left == 40
+            errors[searcher.name].append(searcher.search(problem, study, 40, seed).quality.error)
+    assert np.mean(errors["ddpg"]) < np.mean(errors["random"])
