@@ -6,6 +6,7 @@ It is built once per model, data and space; a policy is then evaluated by stitch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -102,12 +103,25 @@ def build_database(
         advance: Called once for every layer done.
     """
     moments = measure_moments(model, list(options), images)
-    weights: dict[tuple[str, str], Tensor] = {}
-    for layer, choices in options.items():
+
+    def solve(layer: LayerSpec) -> dict[tuple[str, str], Tensor]:
         weight = layer_of(model, layer.name).weight.detach()
-        made = compensated_weights(weight, [c for c in choices if not isinstance(c, Dense)], moments[layer.name])
-        weights.update({(layer.name, choice.text): tensor for choice, tensor in made.items()})
-        advance()
+        pruned = [choice for choice in options[layer] if not isinstance(choice, Dense)]
+        made = compensated_weights(weight, pruned, moments[layer.name])
+        return {(layer.name, choice.text): tensor for choice, tensor in made.items()}
+
+    weights: dict[tuple[str, str], Tensor] = {}
+    # The systems are too small to be split: layers side by side, each on one core. Largest first, to end together.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            jobs = [pool.submit(solve, layer) for layer in sorted(options, key=lambda layer: -layer.weights)]
+            for job in as_completed(jobs):
+                weights.update(job.result())
+                advance()
+    finally:
+        torch.set_num_threads(threads)
     return LayerDatabase(weights, moments)
 
 

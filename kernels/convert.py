@@ -21,6 +21,7 @@ from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.core.registry import unknown_name
 from autoprune.kernels.deployed import Decision, DeployedModel, NestedModel, PlannedModel
+from autoprune.kernels.fold import fold_batchnorm
 from autoprune.kernels.modules import LayerKernel, ProgramLayer
 from autoprune.kernels.plan import KernelName, build_plan, kernel_for
 from autoprune.kernels.plan_ops import PlanRefusal, layer_spec, padding_of
@@ -159,13 +160,12 @@ def _check_masked(name: str, layer: _Layer, choice: Choice) -> None:
         )
 
 
-def _disagreement(model: nn.Module, deployed: DeployedModel, example: Tensor) -> PlanRefusal | None:
+def _disagreement(model: nn.Module, deployed: nn.Module, example: Tensor) -> PlanRefusal | None:
     """Return why a plan is wrong about the model, on random inputs; hooks and in-place tricks can cause it."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(example.shape, generator=generator)
     with torch.no_grad():
-        want = eval_view(model)(x)
-    got = deployed(x)
+        want, got = eval_view(model)(x), deployed(x)
     if not isinstance(want, Tensor) or want.shape != got.shape:
         return PlanRefusal("output", "the plan's output has another shape than the model's")
     error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-12))
@@ -175,7 +175,7 @@ def _disagreement(model: nn.Module, deployed: DeployedModel, example: Tensor) ->
 
 
 def _nested(model: nn.Module, refusal: PlanRefusal, request: _Request, example: Tensor) -> NestedModel:
-    network = copy.deepcopy(model).eval()
+    network = _torch_form(model, example)
     layers = _layers_by_hooks(network, example)
     decisions = _decide(layers, request.choices, request.table)
     for decision in decisions:
@@ -188,6 +188,16 @@ def _nested(model: nn.Module, refusal: PlanRefusal, request: _Request, example: 
             replacement = ProgramLayer(decision.layer, source, layers[decision.layer].spec, how)
             network.set_submodule(decision.layer, replacement)
     return NestedModel(network, refusal, decisions, example)
+
+
+def _torch_form(model: nn.Module, example: Tensor) -> nn.Module:
+    """Return a copy of a model in eval mode, BatchNorms folded where that leaves its outputs as they are."""
+    plain = copy.deepcopy(model).eval()
+    try:
+        folded = fold_batchnorm(model)
+    except ModelError:
+        return plain
+    return folded if _disagreement(plain, folded, example) is None else plain
 
 
 def _layers_by_hooks(network: nn.Module, example: Tensor) -> dict[str, _Layer]:

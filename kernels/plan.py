@@ -6,6 +6,7 @@ the kernel of each layer; ``Plan.program`` turns that into a compiled program fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from autoprune.core.choices import Block, Choice, Dense
 from autoprune.kernels.cpu.program import Buffer, Epilogue, Program
+from autoprune.kernels.cpu.shapes import LANES
 from autoprune.kernels.plan_ops import (
     AddOp,
     ConvOp,
@@ -72,6 +74,19 @@ class Plan:
         """Name of each operation of a program, in the order of ``Program.profile_us``."""
         return tuple(op.name for op in self.ops)
 
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the maps of one image in a program; channels are stored in sixteens."""
+        buffers = _Buffers(Program(1), self)
+        buffers.take(self.input)
+        for position, op in enumerate(self.ops):
+            buffers.take(op.out)
+            buffers.release(position)
+        return sum(
+            4 * math.ceil(b.channels / LANES) * LANES * (b.height + 2 * b.halo) * (b.width + 2 * b.halo)
+            for b in buffers.made
+        )
+
     def program(self, batch: int, weights: Mapping[str, Tensor] | None = None) -> Program:
         """Return the finished program for one batch size.
 
@@ -119,6 +134,7 @@ class _Buffers:
     def __init__(self, program: Program, plan: Plan) -> None:
         self.program = program
         self.halos = _halos(plan.ops)
+        self.made: list[Buffer] = []
         self.taken: dict[int, Buffer] = {}
         self.free: dict[tuple[int, int, int, int], list[Buffer]] = {}
         self.dying: dict[int, list[Value]] = {}
@@ -137,7 +153,9 @@ class _Buffers:
     def take(self, value: Value) -> Buffer:
         """Return the buffer a map is written to."""
         spare = self.free.get(self._key(value))
-        self.taken[value.index] = spare.pop() if spare else self.program.buffer(*self._key(value))
+        if not spare:
+            self.made.append(self.program.buffer(*self._key(value)))
+        self.taken[value.index] = spare.pop() if spare else self.made[-1]
         return self.taken[value.index]
 
     def release(self, position: int) -> None:

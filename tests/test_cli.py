@@ -257,11 +257,19 @@ def test_plain_progress_is_a_line_per_stage() -> None:
     tell(10, 10)
     progress.note("a note")
     progress.stage("search")
+    progress.stage("fine-tune", 4)
+    progress.advance()
     progress.finish()
     progress.finish()
-    lines = [line.split(" in ")[0] for line in stream.getvalue().splitlines()]
-    assert lines == ["table: started, 10 steps", "a note", "table: done", "search: started", "search: done"]
-    assert stream.getvalue().splitlines()[2].endswith(", 10 steps")
+    assert [line.split(" in ")[0] for line in stream.getvalue().splitlines()] == [
+        "table: started, 10 steps",
+        "a note",
+        "table: done",
+        "search: started",
+        "search: done",
+        "fine-tune: started, 4 steps",
+        "fine-tune: 1 of 4 steps",
+    ]
 
 
 def test_bars_show_stages_notes_and_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,7 +287,7 @@ def test_bars_show_stages_notes_and_steps(monkeypatch: pytest.MonkeyPatch, capsy
     progress.finish()
     out, err = capsys.readouterr()
     assert out == ""
-    for part in ("table", "search", "[a note]", "3/3", "1/1"):
+    for part in ("table", "search", "[a note]", "3/4", "1/1"):
         assert part in err
 
 

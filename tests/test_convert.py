@@ -16,6 +16,7 @@ from autoprune.core.errors import MissingLatency, ModelError, PolicyError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.kernels.convert import DeployedModel, NestedModel, PlannedModel, convert
+from autoprune.kernels.deployed import tile_of
 from autoprune.kernels.modules import ProgramLayer
 from autoprune.kernels.plan_ops import layer_spec
 from autoprune.lut.deploy import deployer, masked_copy
@@ -248,6 +249,20 @@ def test_conversion_leaves_the_model_alone() -> None:
 def test_threads_do_not_change_the_result() -> None:
     model, x = resnet(), _inputs(3, (1, 12, 12))
     assert torch.equal(convert(model, {}, x, threads=2)(x), convert(model, {}, x)(x))
+
+
+def test_large_batches_run_in_equal_parts_that_fit_a_cache() -> None:
+    assert tile_of(1, 100) == 1
+    assert tile_of(32, 100) == 32
+    assert tile_of(32, 429_000) == 4
+    assert tile_of(31, 429_000) == 4
+    assert tile_of(6, 429_000) == 3
+    assert tile_of(32, 1 << 30) == 1
+    assert tile_of(32, 1 << 30, threads=4) == 8
+    model, x = resnet(), _inputs(70, (1, 24, 24))
+    deployed = convert(model, {}, x)
+    _assert_same(deployed, model, x)
+    assert all(shape[0] < 70 for shape in deployed.programs._programs)
 
 
 def test_few_programs_are_kept() -> None:

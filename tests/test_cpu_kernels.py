@@ -60,7 +60,7 @@ class Case:
         return LayerSpec(
             "layer", "conv", (self.filters, self.channels, *self.window), self.stride, self.padding, self.dilation,
             1, self.size, self.out_size,
-        )  # fmt: skip
+        )
 
 
 def compute(case: Case, kernel: Kernel) -> tuple[npt.NDArray[np.float32], Program, list[Buffer]]:
@@ -105,7 +105,7 @@ def check(case: Case, kernel: Kernel) -> None:
     truth = conv2d(
         x, weight, bias, stride=case.stride, padding=case.padding, dilation=case.dilation,
         residual_NKHW=residual if case.residual else None, relu=case.relu,
-    )  # fmt: skip
+    )
     scale = max(float(np.abs(truth).max()), 1.0)
     assert np.abs(y - truth).max() <= RELATIVE_ERROR * scale, case
     for buffer in buffers:
@@ -144,7 +144,7 @@ CASES = {
     "large window": replace(BASE, size=(20, 20), window=(7, 7), padding=(3, 3), channels=4),
     "cifar": replace(BASE, size=(32, 32), density=0.2, batch=2),
     "kilobyte pixels": replace(BASE, channels=256, filters=256, size=(3, 3), block=32, density=0.05, batch=2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -14,11 +14,11 @@ from autoprune.core.errors import ModelError
 from autoprune.kernels.dense import (
     REFERENCES,
     dense_references,
-    fold_batchnorm,
     runners,
     to_onnx,
     torch_threads,
 )
+from autoprune.kernels.fold import fold_batchnorm
 
 FORMS = tuple(name for name in REFERENCES if name != "torch-compile")
 

@@ -69,14 +69,17 @@ class Bars:
         self._bars.console.print(text, markup=False, highlight=False)
 
     def finish(self) -> None:
-        """Complete the last bar and leave all of them standing."""
+        """Stop the last bar where it is and leave all of them standing."""
         self._close_stage()
         self._bars.stop()
 
     def _close_stage(self) -> None:
         if self._task is not None:
-            done = self._bars.tasks[self._task].completed
-            self._bars.update(self._task, total=max(done, 1), completed=max(done, 1))
+            task = self._bars.tasks[self._task]
+            if task.total is None:
+                done = max(task.completed, 1)
+                self._bars.update(self._task, total=done, completed=done)
+            self._bars.stop_task(self._task)
             self._task = None
 
 
@@ -86,13 +89,14 @@ class Lines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._name: str | None = None
+        self._total: int | None = None
         self._done = 0
         self._start = 0.0
 
     def stage(self, name: str, total: int | None = None) -> None:
         """Say that a stage starts, and how many steps it has."""
         self.finish()
-        self._name, self._done, self._start = name, 0, time.monotonic()
+        self._name, self._total, self._done, self._start = name, total, 0, time.monotonic()
         self._print(f"{name}: started" + (f", {total} steps" if total is not None else ""))
 
     def advance(self, n: int = 1) -> None:
@@ -104,10 +108,11 @@ class Lines:
         self._print(text)
 
     def finish(self) -> None:
-        """Say that the stage is over, and how long it took."""
+        """Say how far the stage came, and how long it took."""
         if self._name is not None:
-            steps = f", {self._done} steps" if self._done else ""
-            self._print(f"{self._name}: done in {time.monotonic() - self._start:.1f} s{steps}")
+            whole = self._total is None or self._done >= self._total
+            came = "done" if whole else f"{self._done} of {self._total} steps"
+            self._print(f"{self._name}: {came} in {time.monotonic() - self._start:.1f} s")
             self._name = None
 
     def _print(self, text: str) -> None:

@@ -168,6 +168,11 @@ class RunDir:
         return self.path / "references.json"
 
     @property
+    def aim(self) -> Path:
+        """Factor on the latency budget that makes deployed networks meet it."""
+        return self.path / "aim.json"
+
+    @property
     def result(self) -> Path:
         """Everything the report shows."""
         return self.path / "result.json"
@@ -223,6 +228,10 @@ class Cache:
     def references(self, key: str) -> Path:
         """Latencies of the dense executions of one model in one context."""
         return self._folder / f"references-{key}.json"
+
+    def aim(self, key: str) -> Path:
+        """Factor on one latency budget, found by deploying."""
+        return self._folder / f"aim-{key}.json"
 
     def _errors(self, key: str) -> Path:
         return self._folder / f"errors-{key}.json"

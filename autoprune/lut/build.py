@@ -19,9 +19,10 @@ from torch import Tensor
 from autoprune.core.choices import Choice, Dense
 from autoprune.core.errors import AutopruneError, MeasurementError
 from autoprune.core.layers import LayerSpec
-from autoprune.kernels.cpu.program import CHUNK_BYTES, Buffer, Epilogue, Program
+from autoprune.kernels.cpu.program import Buffer, Epilogue, Program
 from autoprune.kernels.cpu.shapes import LANES
 from autoprune.kernels.dense import torch_threads
+from autoprune.kernels.deployed import tile_of
 from autoprune.kernels.plan import kernel_for
 from autoprune.lut.measure import Effort, call_timer, sample_rounds
 from autoprune.lut.table import Context, LatencyTable, Row
@@ -51,15 +52,15 @@ class _Setting:
     images: int
 
 
-def images_at_once(layers: Iterable[LayerSpec], batch: int) -> int:
-    """Return how many images of a batch a deployed network passes through all its layers together.
+def images_at_once(layers: Iterable[LayerSpec], batch: int, threads: int = 1) -> int:
+    """Return about how many images of a batch pass a layer together in the deployed network.
 
-    A program splits a batch so that the images' maps stay in cache; a layer of the network therefore never sees the
-    whole batch, and its row must not either. A plan holds about three maps of every size the network has.
+    A network runs a batch in parts, so that its maps stay in cache; a layer never sees the whole batch, and its row
+    must not either. A residual network's plan holds about four float32 maps of every size, with a border of one.
     """
-    maps = {(layer.filters, *layer.output_hw) for layer in layers if layer.op == "conv"}
-    per_image = 3 * 4 * sum(math.prod(size) for size in maps)
-    return max(1, min(batch, CHUNK_BYTES // max(per_image, 1)))
+    sizes = {(layer.filters, *layer.output_hw) for layer in layers if layer.op == "conv"}
+    image_bytes = 4 * 4 * sum(channels * (height + 2) * (width + 2) for channels, height, width in sizes)
+    return tile_of(batch, image_bytes, threads)
 
 
 def build_table(
@@ -85,7 +86,7 @@ def build_table(
     wanted = _unique(space_layers)
     table = LatencyTable(context, dict(rows or {}))
     total = sum(len(choices) for _, choices in wanted)
-    setting = _Setting(context, images_at_once(space_layers, context.batch))
+    setting = _Setting(context, images_at_once(space_layers, context.batch, context.threads))
     absent = [
         (layer, [choice for choice in choices if (layer.signature, choice.text) not in table.rows])
         for layer, choices in wanted

@@ -41,6 +41,7 @@ class DDPGSettings:
         actor_rate, critic_rate: Adam's learning rates.
         tau: Share of the new weights in the target networks, per update.
         batch: Transitions per update; one update per step, at the end of an episode.
+        critic_start: Updates of the critic alone between the warm-up and the actor's first.
         width: Units of both hidden layers of both networks.
         reward: Scale of the terminal reward.
     """
@@ -54,6 +55,7 @@ class DDPGSettings:
     critic_rate: float = 1e-3
     tau: float = 0.01
     batch: int = 64
+    critic_start: int = 300
     width: int = 300
     reward: Reward = "log_kl"
 
@@ -100,10 +102,29 @@ class AMCAgent(DDPG):
         return max(self.settings.floor, self.settings.sigma * self.settings.decay**after) if after >= 0 else 0.0
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
-        """Update the networks; before the first update, bring the rewards to the scale the critic learns on."""
+        """Update the networks; before the first update, fit the critic to the warm-up, its rewards standardised.
+
+        An untrained critic sends every layer's action to the same end of its range, and the way back is long.
+        """
         if self._n_updates == 0:
             self._standardise()
+            self._fit_critic(batch_size)
         super().train(gradient_steps, batch_size)
+
+    def _fit_critic(self, batch_size: int) -> None:
+        """Regress the critic on returns: n-step sampling reaches the end of every episode, so no target is needed."""
+        buffer = self.replay_buffer
+        assert buffer is not None
+        self.policy.set_training_mode(True)
+        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        for _ in range(self.settings.critic_start):
+            samples = buffer.sample(batch_size)
+            (value,) = self.critic(samples.observations, samples.actions)
+            loss = torch.nn.functional.mse_loss(value, samples.rewards)
+            self.critic.optimizer.zero_grad()
+            loss.backward()
+            self.critic.optimizer.step()
+        self.critic_target.load_state_dict(self.critic.state_dict())
 
     def _standardise(self) -> None:
         """Centre and scale rewards by those of the warm-up: errors differ by orders of magnitude between problems."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -92,7 +93,7 @@ class Deployer:
             Name → median microseconds, and the fastest dense execution's median in the same run.
         """
         cases: dict[str, Callable[[], object]] = {
-            name: (lambda network=network: network(self.example)) for name, network in networks.items()
+            name: functools.partial(network, self.example) for name, network in networks.items()
         }
         cases["dense reference"] = self.references.run
         with torch.inference_mode():

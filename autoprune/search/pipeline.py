@@ -20,14 +20,15 @@ from autoprune.core.policy import Policy, PolicyFile, model_fingerprint
 from autoprune.core.progress import Progress, Silent
 from autoprune.core.result import Result
 from autoprune.core.rundir import Cache, RunDir
+from autoprune.envs.problem import Problem
 from autoprune.kernels.convert import DeployedModel
-from autoprune.lut.calibrate import refit
-from autoprune.lut.table import Point
+from autoprune.search.aim import closer, latency_over_budget, open_margin, save_margin
 from autoprune.search.base import SEARCHERS
 from autoprune.search.closing import fidelity_points, latency_limit_us, layer_rows, rows_of, trial_rows
-from autoprune.search.config import BASELINE_EVALUATIONS, DEFAULT_EVALUATIONS, FINALISTS, SearchConfig
+from autoprune.search.config import BASELINE_EVALUATIONS, DEFAULT_EVALUATIONS, FINALISTS, TOLERANCE, SearchConfig
 from autoprune.search.deploy import Deployer
 from autoprune.search.finals import Candidate, Finals, meets, predicted_cost, save_weights
+from autoprune.search.knapsack import solve_problem
 from autoprune.search.latency import Subject, open_latency
 from autoprune.search.setup import Scored, make_problem, score_choices, worthwhile
 from autoprune.search.study import Study
@@ -149,18 +150,15 @@ def _stages(context: Context) -> Result:
 
 
 def _choose(context: Context, deployer: Deployer, scored: Scored) -> tuple[Finals, list[Candidate], Study]:
-    """Search until a finalist keeps its budget as measured, refitting the calibration after each miss."""
-    config = context.config
+    """Search until a finalist keeps its budget as measured, aiming lower after each miss."""
+    finals = Finals(
+        context.task, context.layers, scored.database, deployer, context.run, context.progress, context.config.seed
+    )
+    margin = _margin(context, scored, finals)
     for attempt in range(ATTEMPTS):
-        problem = make_problem(
-            context.layers, scored, deployer.table, context.budget, deployer.references.best_us
-        )
-        study = Study(problem, context.run.study)
+        study = Study(_problem(context, scored, deployer, margin), context.run.study)
         with context.clock.stage("search"):
             finalists = _propose(context, study)
-        finals = Finals(
-            context.task, context.layers, scored.database, deployer, context.run, context.progress, config.seed
-        )
         candidates = [
             Candidate(name, proposer, choices, predicted_cost(context.layers, choices, deployer))
             for name, proposer, choices in finalists
@@ -168,29 +166,36 @@ def _choose(context: Context, deployer: Deployer, scored: Scored) -> tuple[Final
         with context.clock.stage("verification"):
             context.progress.stage("verification", len(candidates))
             candidates = finals.time(candidates, {c.name: finals.pruned(c) for c in candidates})
-        own = [candidate for candidate in candidates if candidate.finalist]
-        if any(meets(context.budget, c.measured) for c in own if c.measured) or attempt == ATTEMPTS - 1:
+        ratio = min(latency_over_budget(context.budget, c.measured) for c in candidates if c.finalist and c.measured)
+        if ratio <= 1.0 + TOLERANCE or attempt == ATTEMPTS - 1:
             return finals, candidates, study
-        deployer = _refitted(context, deployer, candidates)
-        context.progress.note("measured latency above the budget: calibration refitted, searching on")
+        study.close()
+        margin = closer(margin, ratio)
+        save_margin(context.run.aim, margin)
+        context.progress.note(f"measured {ratio - 1.0:.1%} above the budget: aiming lower, searching on")
     raise AssertionError("the last attempt returns")
 
 
-def _refitted(context: Context, deployer: Deployer, candidates: list[Candidate]) -> Deployer:
-    """Return the deployer with what was just measured in its calibration, which is stored."""
+def _problem(context: Context, scored: Scored, deployer: Deployer, margin: float) -> Problem:
     dense_us = deployer.references.best_us
-    points = [
-        # The budget bounds a ratio: express it in microseconds of the run in which the references were measured.
-        Point(
-            rows_us=deployer.table.rows_us(context.layers, candidate.choices),
-            measured_us=candidate.measured.latency_ratio * dense_us,
-        )
-        for candidate in candidates
-        if candidate.measured and candidate.measured.latency_ratio
-    ]
-    table = refit(deployer.table, points, latency_limit_us(context.budget, dense_us))
-    table.save(context.run.table)
-    return replace(deployer, table=table)
+    return make_problem(context.layers, scored, deployer.table, context.budget, dense_us, margin)
+
+
+def _margin(context: Context, scored: Scored, finals: Finals) -> float:
+    """Return where to aim, found by deploying the exact solver's policy."""
+
+    def probe(margin: float) -> float:
+        problem = _problem(context, scored, finals.deployer, margin)
+        choices = problem.named(solve_problem(problem))
+        candidate = Candidate("aim", "knapsack", choices, predicted_cost(context.layers, choices, finals.deployer))
+        timed = finals.time([candidate], {"aim": finals.pruned(candidate)})[0]
+        assert timed.measured is not None
+        return latency_over_budget(context.budget, timed.measured)
+
+    context.progress.stage("aim", None)
+    with context.clock.stage("verification"):
+        kept = context.cache.aim(f"{finals.deployer.table.hash}-{context.budget.text}")
+        return open_margin(context.run.aim, kept, fresh=context.config.fresh, probe=probe)
 
 
 def _propose(context: Context, study: Study) -> list[tuple[str, str, dict[str, Choice]]]:

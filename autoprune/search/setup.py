@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -84,7 +84,12 @@ def score_choices(
 
 
 def make_problem(
-    layers: tuple[LayerSpec, ...], scored: Scored, table: LatencyTable, budget: Budget, dense_us: float
+    layers: tuple[LayerSpec, ...],
+    scored: Scored,
+    table: LatencyTable,
+    budget: Budget,
+    dense_us: float,
+    margin: float = 1.0,
 ) -> Problem:
     """Return the search problem of a budget.
 
@@ -94,11 +99,14 @@ def make_problem(
         table: Calibrated latency table.
         budget: What is asked for.
         dense_us: Latency of the fastest dense execution.
+        margin: Factor on a latency budget, for what the table under- or overestimates near it.
     Raises:
         InfeasibleBudget: No policy of the space meets it.
     """
     names = [layer.name for layer in scored.options]
-    constraints, describe = [], {}
+    budget = Budget(tuple(_scaled(limit, margin) for limit in budget.limits))
+    constraints: list[Constraint] = []
+    describe: dict[str, Callable[[float], str]] = {}
     for limit in budget.limits:
         constraint, fixed = _constraint(limit, layers, scored.options, table, dense_us)
         constraints.append(constraint)
@@ -131,7 +139,8 @@ def _constraint(
     dense_us: float,
 ) -> tuple[Constraint, float]:
     """Return the constraint over the searched layers, and the cost of everything else."""
-    slope, intercept = table.calibration.slope, table.calibration.intercept_us
+    fit = table.calibration
+    slope, intercept = (fit.slope, fit.intercept_us) if fit else (1.0, 0.0)
     cost_of: dict[str, Callable[[LayerSpec, Choice], float]] = {
         "latency": lambda layer, choice: slope * layer.calls * table.layer_us(layer, choice),
         "macs": lambda layer, choice: layer.macs * choice.density(layer),
@@ -147,6 +156,10 @@ def _constraint(
         dense = sum(cost(layer, Dense()) for layer in layers)
     costs = tuple(np.array([cost(layer, choice) for choice in choices]) for layer, choices in options.items())
     return Constraint(limit.kind, costs, limit.absolute(dense) - fixed), fixed
+
+
+def _scaled(limit: Limit, margin: float) -> Limit:
+    return replace(limit, value=limit.value * margin) if limit.kind == "latency" else limit
 
 
 def _words(limit: Limit, fixed: float) -> Callable[[float], str]:

@@ -80,7 +80,7 @@ def finetune(
         images = data.normalize(augment(data.train.images[index], base, generator))
         loss = _loss(model, teacher, images, data.train.labels[index], recipe)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         with torch.no_grad():

@@ -13,7 +13,7 @@ from autoprune.kernels.cpu.rows import ROW_BYTES, Control, Field, Op
 from autoprune.kernels.cpu.steps import step
 from autoprune.kernels.cpu.vector import exchange, fetch_add, give_way, now_ns, pause, peek, poke, watch
 
-SPINS_BEFORE_YIELD = 4000
+SPINS_BEFORE_YIELD = 500  # some microseconds: longer waits mean that the other thread needs this core
 STOPPED = -1
 COMPILED_FROM = ("emit", "engine", "rows", "select", "shapes", "steps", "tiles", "vector")
 

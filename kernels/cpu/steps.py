@@ -50,7 +50,7 @@ def _block(row: int, first: int, last: int, part: int, parts: int) -> None:
                 run_block_tile(
                     peek32(t), row, x + peek32(t + 4), out + peek32(t + 8), here,
                     entries + 4 * start, weights + wide * start, count, bias + group * wide,
-                )  # fmt: skip
+                )
 
 
 @njit(nogil=True)
@@ -101,7 +101,7 @@ def _csr(row: int, first: int, last: int, part: int, parts: int, lane: int, thre
                 scratch + 64 * v, size, out, _get(row, Field.PIXELS) + pixels + 64 * v,
                 res, _get(row, Field.RES_PIXELS) + pixels + 64 * v,
                 _get(row, Field.BIAS) + 64 * group, _get(row, Field.RELU),
-            )  # fmt: skip
+            )
 
 
 @njit(nogil=True)

@@ -1,0 +1,205 @@
+"""The main job on real parts: a small space, few images, real kernels and measurements."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import autoprune
+from autoprune.core.errors import DeviceError, InfeasibleBudget, RunError, TableMismatch, UnknownName
+from autoprune.core.policy import Policy
+from autoprune.core.progress import Silent
+from autoprune.core.result import Result
+from autoprune.core.rundir import RunDir
+from autoprune.search.aim import closer, find_margin
+from autoprune.tasks.data import DataSet, Split
+from autoprune.tasks.task import Task, load_task
+
+SPACE = """
+rules:
+  - match: {name: "layer3.*", window: 3x3}
+    choices:
+      - {kind: dense}
+      - {kind: block, keep: [0.5, 0.25, 0.125]}
+      - {kind: fine, keep: [0.25]}
+  - match: {name: "layer2.*", window: 3x3}
+    choices:
+      - {kind: dense}
+      - {kind: block, keep: [0.5, 0.25]}
+"""
+BUDGET = "latency=80%"
+
+
+def _few(split: Split, count: int) -> Split:
+    return split.take(count)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    full = load_task("resnet20", "fashion-mnist")
+    data: DataSet = replace(
+        full.data,
+        train=_few(full.data.train, 512),
+        validation=_few(full.data.validation, 500),
+        test=_few(full.data.test, 500),
+    )
+    return replace(full, data=data)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    (path / "space.yaml").write_text(SPACE, encoding="utf-8")
+    return path
+
+
+def _search(task: Task, folder: Path, run: str, progress: Silent | None = None, **settings: object) -> Result:
+    values: dict[str, object] = {"budget": BUDGET, "agent": "tpe", "evaluations": 8, **settings}
+    return autoprune.search(
+        task.model, task, space=str(folder / "space.yaml"), runs_dir=folder, run=run, progress=progress, **values
+    )
+
+
+@pytest.fixture(scope="module")
+def result(task: Task, folder: Path) -> Result:
+    return _search(task, folder, "whole")
+
+
+def test_a_search_ends_with_a_measured_policy_and_every_file_of_its_run(
+    result: Result, task: Task, folder: Path
+) -> None:
+    run = RunDir(folder / "whole")
+    policy = Policy.load(run.policy)
+    assert policy.file.measured is not None
+    assert policy.file.measured.latency_us > 0
+    assert result.met == (policy.file.measured.latency_ratio <= 0.8 * 1.02)
+    assert result.row("chosen").choices == policy.file.choices
+    assert {"dense", "chosen", "uniform", "random", "knapsack"} == {row.name for row in result.rows}
+    for part in (run.config, run.study, run.table, run.references, run.result, run.weights):
+        assert part.exists(), part
+
+
+def test_the_written_weights_are_zero_where_the_policy_prunes(result: Result, folder: Path) -> None:
+    run = RunDir(folder / "whole")
+    weights = load_file(run.weights)
+    layers = {row.name: row for row in result.layers}
+    pruned = [name for name, row in layers.items() if row.choice != "dense"]
+    assert pruned
+    for name in pruned:
+        weight = weights[f"{name}.weight"]
+        assert float((weight != 0).double().mean()) == pytest.approx(layers[name].density, abs=0.01)
+
+
+def test_test_accuracy_is_reported_for_the_chosen_policy_only(result: Result) -> None:
+    assert result.row("chosen").accuracy.test is not None
+    assert all(row.accuracy.test is None for row in result.rows if row.name not in ("chosen",))
+
+
+def test_a_finished_run_is_shown_and_not_searched_again(result: Result, task: Task, folder: Path) -> None:
+    again = _search(task, folder, "whole")
+    assert again == result
+
+
+class _Killed(BaseException):
+    """As sudden as a signal: nothing in the program catches it."""
+
+
+class _KillDuring(Silent):
+    """Raises in the middle of one stage."""
+
+    def __init__(self, stage: str, step: int) -> None:
+        self._wanted, self._left, self._inside = stage, step, False
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self._inside = name == self._wanted
+
+    def advance(self, n: int = 1) -> None:
+        if self._inside:
+            self._left -= n
+            if self._left <= 0:
+                raise _Killed
+
+
+@pytest.mark.parametrize(("stage", "step"), [("layer database", 3), ("search", 12), ("fine-tune", 14)])
+def test_a_killed_search_goes_on_to_the_same_policy_and_loses_no_trial(
+    result: Result, task: Task, folder: Path, stage: str, step: int
+) -> None:
+    name = f"killed-in-{stage.replace(' ', '-')}"
+    with pytest.raises(_Killed):
+        _search(task, folder, name, _KillDuring(stage, step))
+    before = _trial_count(folder / name)
+    resumed = _search(task, folder, name)
+    assert resumed.row("chosen").choices == result.row("chosen").choices
+    assert [(t.proposer, t.error) for t in resumed.trials] == [(t.proposer, t.error) for t in result.trials]
+    assert len(resumed.trials) >= before
+    assert resumed.row("chosen").accuracy.tuned == result.row("chosen").accuracy.tuned
+
+
+def _trial_count(run: Path) -> int:
+    import optuna
+
+    path = run / "study.db"
+    if not path.exists():
+        return 0
+    study = optuna.load_study(study_name="autoprune", storage=f"sqlite:///{path}")
+    return len(study.get_trials())
+
+
+def test_a_run_of_another_configuration_is_refused(result: Result, task: Task, folder: Path) -> None:
+    with pytest.raises(RunError, match="another configuration"):
+        _search(task, folder, "whole", seed=1)
+
+
+def test_an_infeasible_budget_names_the_least_and_the_layer(result: Result, task: Task, folder: Path) -> None:
+    with pytest.raises(InfeasibleBudget, match=r"the least this space reaches is [\d,]+us \(held up by layer"):
+        _search(task, folder, "infeasible", budget="latency=45%")
+
+
+def test_a_table_of_another_context_is_refused(result: Result, task: Task, folder: Path) -> None:
+    with pytest.raises(TableMismatch, match="batch"):
+        _search(task, folder, "other-table", table=folder / "whole" / "table.json", batch=2)
+
+
+def test_unknown_agents_and_devices_are_refused_before_anything_is_made(task: Task, folder: Path) -> None:
+    with pytest.raises(UnknownName, match="Did you mean 'ddpg'"):
+        _search(task, folder, "typo", agent="ddgp")
+    with pytest.raises(DeviceError):
+        _search(task, folder, "typo", device="cuda")
+    assert not (folder / "typo").exists()
+
+
+def test_budgets_of_weights_are_kept_exactly(result: Result, task: Task, folder: Path) -> None:
+    found = _search(task, folder, "params", budget="params=40%", agent="knapsack", evaluations=2)
+    assert found.met
+    assert found.row("chosen").measured.params_ratio <= 0.4005
+
+
+def test_the_aim_settles_where_the_measurement_meets_the_budget() -> None:
+    probes: list[float] = []
+
+    def probe(margin: float) -> float:
+        probes.append(margin)
+        return 1.07 * margin
+
+    margin = find_margin(probe)
+    assert 0.975 <= 1.07 * margin <= 0.998
+    assert len(probes) <= 3
+    assert closer(1.0, 10.0) == pytest.approx(0.7)
+
+
+def test_an_infeasible_lower_aim_keeps_the_last_feasible_one() -> None:
+    def probe(margin: float) -> float:
+        if margin < 0.99:
+            raise InfeasibleBudget("too low")
+        return 1.2
+
+    assert find_margin(probe) < 0.99
+    with pytest.raises(InfeasibleBudget):
+        find_margin(lambda margin: _raise())
+
+
+def _raise() -> float:
+    raise InfeasibleBudget("nothing fits")
