@@ -6,7 +6,7 @@ It is built once per model, data and space; a policy is then evaluated by stitch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from autoprune.core.choices import Choice, Dense
 from autoprune.core.errors import RunError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.rundir import atomic_path
-from autoprune.envs.network import layer_of
+from autoprune.envs.network import layer_of, side_by_side
 from autoprune.sparsity.compensate import compensate, damped
 from autoprune.sparsity.masks import make_mask
 
@@ -111,17 +111,12 @@ def build_database(
         return {(layer.name, choice.text): tensor for choice, tensor in made.items()}
 
     weights: dict[tuple[str, str], Tensor] = {}
-    # The systems are too small to be split: layers side by side, each on one core. Largest first, to end together.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            jobs = [pool.submit(solve, layer) for layer in sorted(options, key=lambda layer: -layer.weights)]
-            for job in as_completed(jobs):
-                weights.update(job.result())
-                advance()
-    finally:
-        torch.set_num_threads(threads)
+    with side_by_side() as pool:
+        # Largest first, so that all workers end together.
+        jobs = [pool.submit(solve, layer) for layer in sorted(options, key=lambda layer: -layer.weights)]
+        for job in as_completed(jobs):
+            weights.update(job.result())
+            advance()
     return LayerDatabase(weights, moments)
 
 

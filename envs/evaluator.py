@@ -6,8 +6,10 @@ one's, on validation images: smoother than accuracy, and it needs no labels.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from autoprune.core.choices import Choice, Dense
 from autoprune.core.layers import LayerSpec
 from autoprune.envs.database import LayerDatabase, Moments
-from autoprune.envs.network import StitchedNetwork
+from autoprune.envs.network import StitchedNetwork, side_by_side
 from autoprune.envs.prefix import PrefixCache
 from autoprune.envs.problem import Quality
 from autoprune.tasks.metrics import top1
@@ -65,31 +67,50 @@ class Evaluator:
             count: Images to use of the evaluation images, from the first on.
             advance: Called once for every layer done.
         """
-        network = self._network
-        network.load({})
-        network.fold()
-        cache = PrefixCache(network.folded, network.to_native(self._images[:count]), [spec.name for spec in options])
-        errors = []
-        for layer, choices in options.items():
-            row = [self._single_error(cache, layer.name, choice, count) for choice in choices]
-            network.load({})
-            network.fold(layer.name)
-            errors.append(np.array(row))
-            advance()
-        return tuple(errors)
+        self._network.load({})
+        self._network.fold()
+        images = self._network.to_native(self._images[:count])
+        dense_logits = self.dense_logits[:count]
+        layers = list(options)
+        found: dict[str, np.ndarray] = {}
 
-    def _single_error(self, cache: PrefixCache, layer: str, choice: Choice, count: int) -> float:
+        def work(part: list[LayerSpec]) -> None:
+            network = copy.deepcopy(self._network)
+            cache = PrefixCache(network.folded, images, [layer.name for layer in part])
+            for layer in part:
+                alone = _Alone(network, cache, layer.name, self._database.moments[layer.name], dense_logits)
+                found[layer.name] = np.array([self._single_error(alone, choice) for choice in options[layer]])
+                network.load({})
+                network.fold(layer.name)
+                advance()
+
+        workers = torch.get_num_threads()
+        with side_by_side() as pool:
+            list(pool.map(work, (layers[first::workers] for first in range(workers))))
+        return tuple(found[layer.name] for layer in layers)
+
+    def _single_error(self, alone: _Alone, choice: Choice) -> float:
         if isinstance(choice, Dense):
             return 0.0
-        network = self._network
+        network, layer = alone.network, alone.layer
         weight = self._database.weight(layer, choice)
         network.load({layer: weight})
         norm = network.norm_statistics(layer)
         if norm is not None:
-            moments = self._database.moments[layer]
-            network.set_norm(layer, *shifted_statistics(norm, network.dense_weight(layer), weight, moments))
+            network.set_norm(layer, *shifted_statistics(norm, network.dense_weight(layer), weight, alone.moments))
         network.fold(layer)
-        return divergence(self.dense_logits[:count], cache.logits(layer))
+        return divergence(alone.dense_logits, alone.cache.logits(layer))
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    """One layer that changes while all others stay dense."""
+
+    network: StitchedNetwork
+    cache: PrefixCache
+    layer: str
+    moments: Moments
+    dense_logits: Tensor
 
 
 def shifted_statistics(

@@ -7,7 +7,9 @@ accuracy after fine-tuning is noise. The folded copy runs without BatchNorm, in 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +91,14 @@ class StitchedNetwork:
 
     def logits(self, images: Tensor) -> Tensor:
         """Return float32 logits ``(N, classes)`` of the folded network."""
-        x = self.to_native(images)
-        with torch.inference_mode():
-            return torch.cat([self.folded(part).float() for part in torch.split(x, BATCH)])
+
+        def run(part: Tensor) -> Tensor:
+            with torch.inference_mode():
+                out: Tensor = self.folded(part).float()
+            return out
+
+        with side_by_side() as pool:
+            return torch.cat(list(pool.map(run, torch.split(self.to_native(images), BATCH))))
 
     def to_native(self, images: Tensor) -> Tensor:
         """Return the images as the folded network wants them."""
@@ -113,21 +120,53 @@ def folded(weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, 
 
 
 def recalibrate(model: nn.Module, images: Tensor, precision: torch.dtype = torch.float32, batch: int = BATCH) -> None:
-    """Set every BatchNorm's statistics to the mean over batches of ``images``; all else stays in eval mode."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    was_training = model.training
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        for part in torch.split(images, batch):
-            model(part)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.train(was_training)
+    """Set every BatchNorm's statistics to the mean over batches of ``images``; all else stays as it is."""
+
+    def measure(part: Tensor) -> list[tuple[Tensor, Tensor]]:
+        own = copy.deepcopy(model).eval()
+        norms = _norms(own)
+        for norm in norms:
+            norm.momentum = 1.0  # the last batch alone
+            norm.train()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            own(part)
+        return [_running(norm) for norm in norms]
+
+    with side_by_side() as pool:
+        measured = list(pool.map(measure, torch.split(images, batch)))
+    for norm, batches in zip(_norms(model), zip(*measured, strict=True), strict=True):
+        for target, values in zip(_running(norm), zip(*batches, strict=True), strict=True):
+            target.copy_(torch.stack(values).mean(0))
+
+
+@contextmanager
+def side_by_side() -> Iterator[ThreadPoolExecutor]:
+    """Give a pool of as many workers as PyTorch has threads, each running its kernels on one core.
+
+    Small tensors are not worth splitting: batches or layers side by side take less, above all on a busy machine, where
+    split kernels wait for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
+
+
+def _running(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var
 
 
 def norm_of_each_conv(model: nn.Module, example: Tensor) -> dict[str, str]:
@@ -175,9 +214,7 @@ def layer_of(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
 def _statistics(model: nn.Module, norm: str) -> tuple[Tensor, Tensor]:
     module = model.get_submodule(norm)
     assert isinstance(module, nn.BatchNorm2d)
-    assert module.running_mean is not None
-    assert module.running_var is not None
-    return module.running_mean, module.running_var
+    return _running(module)
 
 
 def _weighted(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:

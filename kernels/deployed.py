@@ -164,7 +164,8 @@ class NestedModel(DeployedModel):
         check_input(x)
         with torch.no_grad():
             result = self.network(x)
-        assert isinstance(result, Tensor)
+        if not isinstance(result, Tensor):
+            raise ModelError(f"the model returns a {type(result).__name__}; a deployed model returns one tensor.")
         return result
 
 

@@ -27,6 +27,8 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         norm = modules.get(str(node.target)) if node.op == "call_module" else None
         if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or not isinstance(node.args[0], fx.Node):
             continue
+        if norm.running_mean is None:  # it normalises by the batch, in eval mode too
+            continue
         source = node.args[0]
         layer = modules.get(str(source.target)) if source.op == "call_module" else None
         callers = sum(str(other.target) == str(source.target) for other in graph.graph.nodes)
@@ -34,6 +36,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
             _fold_into(layer, norm)
             node.replace_all_uses_with(source)
             graph.graph.erase_node(node)
+    graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
 

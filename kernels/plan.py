@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from autoprune.core.choices import Block, Choice, Dense
@@ -200,8 +199,3 @@ def build_plan(
             kernel, block = kernel_for(choices.get(op.name, Dense()))
             names[op.name] = ((kernels or {}).get(op.name, kernel), block)
     return Plan(ops, traced.input, traced.output, traced.output_shape, names, threads)
-
-
-def supports(example: Tensor) -> bool:
-    """Whether a tensor is what plans run on: (N, C, H, W), float32, in main memory."""
-    return example.dim() == 4 and example.dtype == torch.float32 and example.device.type == "cpu"

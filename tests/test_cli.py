@@ -32,7 +32,7 @@ from autoprune.report.summary import verdict
 from autoprune.search.config import SearchConfig
 from autoprune.search_spaces.trace import trace
 from autoprune.tasks.task import load_task
-from autoprune.trainers.recipe import Recipe
+from autoprune.trainers.recipe import Recipe, native_precision
 from autoprune.trainers.run import TrainedAccuracy, TrainRequest, TrainResult
 
 _ROOT = Path(__file__).parent.parent
@@ -312,7 +312,7 @@ def test_every_flag_reaches_the_training(
 
     monkeypatch.setattr("autoprune.trainers.run.train_policy", train_policy)
     flags = ["--trainer", "campfire", "--epochs", "3", "--seed", "4", "--data", "other", "--data-dir", "d"]
-    flags += ["--init", "w.safetensors", "--batch", "8", "--threads", "2", "--no-dense-control"]
+    flags += ["--init", "w.safetensors", "--batch", "8", "--threads", "2", "--no-dense-control", "--embedded"]
     argv = ["train", "--policy", str(run.policy), *flags, "--runs-dir", str(tmp_path)]
     assert cli(argv) == 0
     out = capsys.readouterr().out
@@ -326,10 +326,11 @@ def test_every_flag_reaches_the_training(
         data="other",
         policy=policy,
         trainer="campfire",
-        recipe=Recipe(epochs=3),
+        recipe=Recipe(epochs=3, precision=native_precision()),
         seed=4,
         init=Path("w.safetensors"),
         data_dir=Path("d"),
+        embedded=True,
         control=False,
         batch=8,
         threads=2,

@@ -111,6 +111,31 @@ def test_nested_conversion_says_what_is_in_the_way_and_what_it_left_to_torch() -
         deployed.profile_us()
 
 
+@pytest.mark.parametrize("tracked", [True, False])
+def test_nested_conversion_folds_the_norms_that_can_be_folded(tracked: bool) -> None:
+    body = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, track_running_stats=tracked), nn.GELU())
+    model = settled(body) if tracked else body.eval().requires_grad_(False)
+    choices: dict[str, Choice] = {"0": Fine(keep=0.3)}
+    masked = masked_copy(model, choices)
+    deployed = convert(masked, choices, _inputs(4, (3, 9, 9)))
+    assert isinstance(deployed, NestedModel)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in deployed.modules()) is not tracked
+    _assert_same(deployed, masked, _inputs(4, (3, 11, 7)))
+
+
+def test_model_of_several_outputs_is_refused_when_called() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.conv(x), x
+
+    with pytest.raises(ModelError, match="returns a tuple"):
+        convert(Pair().eval(), {}, _inputs(1, (3, 4, 4)))(_inputs(1, (3, 4, 4)))
+
+
 def test_nested_layers_take_other_sizes_and_say_no_to_other_channels() -> None:
     model = settled(Concatenated())
     choices: dict[str, Choice] = {"a": Fine(keep=0.3), "c": Block(keep=0.5)}

@@ -143,6 +143,7 @@ CASES = {
     "long rows": replace(BASE, size=(5, 113), channels=8, filters=16),
     "large window": replace(BASE, size=(20, 20), window=(7, 7), padding=(3, 3), channels=4),
     "cifar": replace(BASE, size=(32, 32), density=0.2, batch=2),
+    "many channels": replace(BASE, channels=99, size=(20, 28), filters=20),
     "kilobyte pixels": replace(BASE, channels=256, filters=256, size=(3, 3), block=32, density=0.05, batch=2),
 }
 
@@ -199,6 +200,14 @@ def test_machines_with_few_registers_get_other_tiles_and_the_same_result(
     for module in (assemble, planes):
         monkeypatch.setattr(module, "vector_registers", lambda: 8)
     check(CASES[name], kernel)
+
+
+def test_many_channels_are_convolved_in_blocks_that_stay_in_the_cache() -> None:
+    layer = CASES["many channels"].layer
+    entries = 0.3 * layer.weights / layer.filters
+    layout = planes.plan_planes(layer, entries)
+    assert layout.channel_blocks(layer.channels, entries) > 2
+    assert layout.channel_blocks(layer.channels, entries / 100) == 1
 
 
 def test_few_registers_are_not_overrun() -> None:

@@ -100,7 +100,7 @@ def test_pools_equal_torch(kernel: int, stride: int, padding: int, channels: int
         program = Program(2, 2)
         truth = getattr(functional, f"{name}2d")(x, kernel, stride, padding)
         source = program.buffer(channels, 13, 9, halo=padding)
-        out = program.buffer(channels, *truth.shape[2:], halo=1)
+        out = program.buffer(channels, truth.shape[2], truth.shape[3], halo=1)
         getattr(program, name)(source, out, kernel, stride, padding)
         program.set_input(source)
         program.set_output(out)

@@ -31,7 +31,7 @@ def test_resnet20_has_the_papers_number_of_layers() -> None:
 
 def test_an_unknown_model_gets_a_proposal() -> None:
     with pytest.raises(UnknownName, match="Did you mean 'resnet20'"):
-        build_model("resnet2")
+        build_model("resnet-20")
 
 
 def test_weights_survive_a_round_trip(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_budget_equal_to_the_least_is_met() -> None:
 
 
 def test_an_infeasible_budget_names_the_least_and_the_layer_that_holds_it_up() -> None:
-    with pytest.raises(InfeasibleBudget, match=r"latency 4.5us; the least this space reaches is 5us \(held up by layer0\)"):
+    with pytest.raises(InfeasibleBudget, match=r"latency 4.5us; the least .* is 5us \(held up by layer0\)"):
         tiny(4.5)
     with pytest.raises(InfeasibleBudget, match=r"latency 14 %; the least this space reaches is 15 %"):
         tiny(4.0, describe=lambda kind, cost: f"{cost + 10:g} %")
@@ -103,8 +103,9 @@ def test_an_assignment_of_another_problem_is_refused(wrong: tuple[int, ...]) -> 
 
 
 def test_tables_of_another_shape_are_refused() -> None:
+    constraint = Constraint("latency", (np.ones(3),) * 3, 9.0)
     with pytest.raises(ValueError, match="rows of"):
-        Problem(_LAYERS, _CHOICES, [Constraint("latency", (np.ones(3),) * 3, 9.0)], (np.ones(2),) * 3, lambda a: Quality(0, 0, 0))
+        Problem(_LAYERS, _CHOICES, [constraint], (np.ones(2),) * 3, lambda a: Quality(0.0, 0.0, 0.0))
 
 
 @given(st.integers(0, 10_000), st.floats(0.15, 1.0), st.one_of(st.none(), st.floats(0.15, 1.0)))

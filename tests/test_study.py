@@ -98,7 +98,7 @@ def test_a_study_of_another_space_is_refused(tmp_path: Path) -> None:
         Study(make_problem(layers=4), path, identity="other weights")
 
 
-@pytest.mark.parametrize("content", [b"no database at all, but long enough to have a header" * 40, b"SQLite format 3\0short"])
+@pytest.mark.parametrize("content", [b"no database, but long enough for a header" * 40, b"SQLite format 3\0short"])
 def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "study.db"
     path.write_bytes(content)

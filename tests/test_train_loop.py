@@ -66,7 +66,7 @@ def data() -> DataSet:
 def small(monkeypatch: pytest.MonkeyPatch, data: DataSet) -> None:
     """Put the small network and its data behind the names that ``train_policy`` looks up."""
     monkeypatch.setitem(MODELS._items, "small", SmallNet)
-    monkeypatch.setattr(training, "load_data", lambda name, data_dir: data)
+    monkeypatch.setattr(training, "load_data", lambda name, data_dir, *, full: data)
 
 
 def choices() -> dict[str, Choice]:

@@ -9,9 +9,7 @@ import typer
 
 Model = Annotated[str, typer.Option(help="Network to prune, by name.")]
 Data = Annotated[str, typer.Option(help="Data set, by name.")]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Folder that holds the full data set; the embedded part is used without it.")
-]
+DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the full data set.")]
 Space = Annotated[str, typer.Option(help="Search space: a preset's name or a YAML file.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images per forward pass of the deployed network.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads of the deployed network.")]

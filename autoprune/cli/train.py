@@ -25,6 +25,9 @@ def train(
     ] = None,
     data: options.Data = "fashion-mnist",
     data_dir: options.DataDir = None,
+    embedded: Annotated[
+        bool, typer.Option("--embedded", help="Train on the 8,000 images inside the package, not on the full data set.")
+    ] = False,
     batch: options.Batch = 1,
     threads: options.Threads = 1,
     seed: options.Seed = 0,
@@ -41,7 +44,7 @@ def train(
     from autoprune.cli.progress import make_progress
     from autoprune.core.policy import Policy
     from autoprune.core.rundir import RunDir, run_name
-    from autoprune.trainers.recipe import Recipe
+    from autoprune.trainers.recipe import Recipe, native_precision
     from autoprune.trainers.run import TrainRequest, train_policy
 
     record = None if policy is None else Policy.load(policy)
@@ -50,10 +53,11 @@ def train(
         data=data,
         policy=record,
         trainer=trainer,
-        recipe=Recipe(epochs=epochs),
+        recipe=Recipe(epochs=epochs, precision=native_precision()),
         seed=seed,
         init=init,
         data_dir=data_dir,
+        embedded=embedded,
         control=not no_dense_control,
         batch=batch,
         threads=threads,

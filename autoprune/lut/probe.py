@@ -32,7 +32,7 @@ def _fma_rounds(b: ir.IRBuilder, rounds: ir.Value) -> ir.Value:
     return b.zext(b.extract_element(b.bitcast(total, ir.VectorType(I32, LANES)), ir.Constant(I32, 0)), i64(0).type)
 
 
-@numba.njit(types.int64(types.int64), nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _run(rounds: int) -> int:
     return _fma_rounds(rounds)  # type: ignore[no-any-return]
 

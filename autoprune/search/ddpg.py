@@ -122,7 +122,7 @@ class AMCAgent(DDPG):
             (value,) = self.critic(samples.observations, samples.actions)
             loss = torch.nn.functional.mse_loss(value, samples.rewards)
             self.critic.optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self.critic.optimizer.step()
         self.critic_target.load_state_dict(self.critic.state_dict())
 

@@ -26,7 +26,7 @@ from autoprune.tasks.task import Task
 CALIBRATION_IMAGES = 500
 MOMENT_IMAGES = 1_000
 EVALUATION_IMAGES = 1_000
-SINGLE_LAYER_IMAGES = 500
+SINGLE_LAYER_IMAGES = 250
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,9 @@ from autoprune.search.base import Account, Searcher
 from autoprune.search.knapsack import perturbed_solution
 from autoprune.search.moves import Moves, useful_choices
 
+# Proposals in a row that are known already: the space is as good as exhausted, or the sampler has settled.
+_PATIENCE = 40
+
 
 class TPESearcher(Searcher):
     """TPE over ladders: per layer the undominated choices, ordered by cost, as an integer.
@@ -44,7 +47,9 @@ class TPESearcher(Searcher):
         study = optuna.create_study(direction="minimize")
         rng = np.random.default_rng(seed)
         warm_starts = max(1, min(self.warm_starts, account.evaluations // 4))
-        for number in range(20 * account.evaluations):
+        number = known = 0
+        while known < _PATIENCE:
+            before = account.left
             if number < warm_starts:
                 log_L = rng.normal(0.0, self.spread if number else 0.0, len(ladders))
                 assignment = perturbed_solution(problem, log_L)
@@ -65,6 +70,8 @@ class TPESearcher(Searcher):
                 for place, (layer, choice) in enumerate(zip(problem.layers, assignment, strict=True))
             }
             study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=quality.error))
+            known = known + 1 if account.left == before else 0
+            number += 1
 
 
 def _rung(problem: Problem, layer: int, choice: int, ladder: IntArray) -> int:

@@ -138,7 +138,8 @@ def _download(root: Path) -> Path:
     except (RuntimeError, OSError) as error:
         raise DataError(
             f"full Fashion-MNIST not found and not downloadable ({error}): put train-images-idx3-ubyte.gz and its "
-            "three companions in a folder and give --data-dir, or install the system package dataset-fashion-mnist."
+            "three companions in a folder and give --data-dir, install the system package dataset-fashion-mnist, or "
+            "train with --embedded."
         ) from None
     return root / "FashionMNIST" / "raw"
 

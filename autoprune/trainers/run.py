@@ -44,7 +44,8 @@ class TrainRequest:
         recipe: Epochs included.
         seed: Of the first weights, of order and augmentation.
         init: Safetensors weights to start from; None starts from random ones.
-        data_dir: Folder of the full data set; None uses the part inside the package.
+        data_dir: Folder of the full data set; None looks in the system's dataset folder, then downloads it.
+        embedded: Train on the part of the data inside the package instead.
         control: Whether the dense control is trained.
         batch, threads: Of the deployed network when it is timed.
         bench_seconds: How long it is timed; 0 leaves timing out.
@@ -60,6 +61,7 @@ class TrainRequest:
     seed: int = 0
     init: Path | None = None
     data_dir: Path | None = None
+    embedded: bool = False
     control: bool = True
     batch: int = 1
     threads: int = 1
@@ -73,7 +75,7 @@ class TrainRequest:
             "command": "train",
             "model": self.model,
             "data": self.data,
-            "data_dir": None if self.data_dir is None else str(self.data_dir),
+            "embedded": self.embedded,
             "pruning": pruning,
             "recipe": asdict(self.recipe),
             "seed": self.seed,
@@ -154,7 +156,7 @@ def train_policy(request: TrainRequest, run: RunDir, progress: Progress | None =
         AutopruneError: Of every part: names, data, policy, trainer settings, damaged checkpoints, measurement.
     """
     progress = Silent() if progress is None else progress
-    data = load_data(request.data, request.data_dir)
+    data = load_data(request.data, request.data_dir, full=not request.embedded)
     model = _first_weights(request, data)
     if request.policy is not None:
         request.policy.check_model(trace(model, data.normalize(data.validation.images[:1])))
