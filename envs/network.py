@@ -148,10 +148,12 @@ def side_by_side() -> Iterator[ThreadPoolExecutor]:
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool
+        yield pool
     finally:
+        # After an interrupt nobody waits for jobs that have not begun.
+        pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)
 
 

@@ -12,7 +12,6 @@ from synthetic import layer_specs, make_problem
 from autoprune.core.choices import Choice, Dense, Fine
 from autoprune.envs.problem import Assignment, Constraint, Problem, Quality
 from autoprune.envs.pruning_env import PruningEnv
-from autoprune.search.base import Account
 from autoprune.search.ddpg import AMCAgent, DDPGSearcher, DDPGSettings, own_rng, truncated_normal
 from autoprune.search.random_search import RandomSearcher
 from autoprune.search.study import Study
@@ -108,24 +107,23 @@ def test_global_generators_are_left_as_they_were() -> None:
     assert (np.random.random(), torch.rand(1).item()) == expected
 
 
-def test_short_searches_warm_up_for_a_quarter() -> None:
-    problem = make_problem(layers=3)
-    seen: list[int] = []
+def test_short_searches_warm_up_for_a_quarter_and_hurry_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, float]] = []
 
     class Watching(AMCAgent):
         def __init__(self, env: PruningEnv, settings: DDPGSettings, warm_up: int, episodes: int, seed: int) -> None:
-            seen.append(warm_up)
-            super().__init__(env, settings, warm_up, episodes, seed)
+            seen.append((warm_up, settings.actor_rate))
+            super().__init__(env, settings, warm_up, 1, seed)
 
-    from autoprune.search import ddpg
+        def learn(self, *arguments: object, **named: object) -> AMCAgent:
+            self.env.envs[0].unwrapped._score((0, 0))  # type: ignore[union-attr]
+            return self
 
-    original, ddpg.AMCAgent = ddpg.AMCAgent, Watching  # type: ignore[misc]
-    try:
-        for evaluations in (1, 8):
-            DDPGSearcher().search(problem, Study(problem), evaluations)
-    finally:
-        ddpg.AMCAgent = original  # type: ignore[misc]
-    assert seen == [1, 2]
+    monkeypatch.setattr("autoprune.search.ddpg.AMCAgent", Watching)
+    problem = make_problem(layers=2, budget=1.0)
+    for evaluations in (1, 8, 100, 400, 1000):
+        DDPGSearcher().search(problem, Study(problem), evaluations)
+    assert seen == [(1, 1e-3), (2, 1e-3), (25, pytest.approx(8e-4)), (100, 1e-4), (100, 1e-4)]
 
 
 def contrast(layers: int) -> Problem:
@@ -150,11 +148,10 @@ def contrast(layers: int) -> Problem:
 
 def test_ddpg_from_scratch_beats_random_at_equal_evaluations() -> None:
     errors: dict[str, list[float]] = {"ddpg": [], "random": []}
-    for seed in range(3):
+    for seed in range(5):
         for searcher in (DDPGSearcher(), RandomSearcher()):
-            problem = contrast(6)
+            problem = contrast(4)
             study = Study(problem)
-            account = Account(study, searcher.name, 40)
-            assert account.left == 40
-            errors[searcher.name].append(searcher.search(problem, study, 40, seed).quality.error)
+            errors[searcher.name].append(searcher.search(problem, study, 50, seed).quality.error)
+            assert len(study.trials) <= 50
     assert np.mean(errors["ddpg"]) < np.mean(errors["random"])

@@ -5,8 +5,8 @@ Test data is touched once, for the chosen policy and the dense network, after th
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from autoprune.core.policy import Accuracy, Cost, macs_ratio, params_ratio
 from autoprune.core.progress import Progress
 from autoprune.core.rundir import RunDir, atomic_path
 from autoprune.envs.database import LayerDatabase
-from autoprune.envs.network import layer_of
+from autoprune.envs.network import layer_of, side_by_side
 from autoprune.kernels.convert import DeployedModel
 from autoprune.search.config import TOLERANCE
 from autoprune.search.deploy import Deployer
@@ -58,11 +58,6 @@ class Candidate:
     def finalist(self) -> bool:
         """Whether the agent that was asked for proposed it, rather than a baseline."""
         return self.name.startswith("finalist")
-
-    @property
-    def pruned(self) -> bool:
-        """Whether any layer is not dense."""
-        return any(not isinstance(choice, Dense) for choice in self.choices.values())
 
 
 def predicted_cost(layers: tuple[LayerSpec, ...], choices: Mapping[str, Choice], deployer: Deployer) -> Cost:
@@ -122,7 +117,6 @@ class Finals:
         self._run = run
         self._progress = progress
         self._seed = seed
-        self._validation = task.data.normalize(task.data.validation.images)
 
     @property
     def steps(self) -> int:
@@ -153,17 +147,32 @@ class Finals:
         """Return the candidate's network before any training."""
         return pruned_model(self.task, self.database, candidate.choices)
 
-    def tune(self, candidate: Candidate, model: nn.Module) -> tuple[Candidate, nn.Module]:
-        """Fine-tune a candidate's network, or load what an earlier session made of it; returns both with accuracies."""
-        validation = self.task.data.validation
-        before = after = self.score(model, candidate, validation, self._validation)
-        tuned = copy.deepcopy(model)
-        if candidate.pruned:
-            self._finetune(candidate, tuned)
-            after = self.score(tuned, candidate, validation, self._validation)
-        return replace(candidate, accuracy=Accuracy(pruned=before, tuned=after)), tuned
+    def tune(self, candidates: list[Candidate]) -> tuple[list[Candidate], dict[str, nn.Module]]:
+        """Fine-tune each candidate's network, or load what an earlier session made of it.
 
-    def _finetune(self, candidate: Candidate, model: nn.Module) -> None:
+        Returns:
+            The candidates with their validation accuracies before and after, and name → fine-tuned network.
+        """
+        untrained = {candidate.name: self.pruned(candidate) for candidate in candidates}
+        before = {c.name: self.score(untrained[c.name], c, self.task.data.validation) for c in candidates}
+        stop = threading.Event()
+
+        def step() -> None:
+            if stop.is_set():
+                raise _Stopped
+            self._progress.advance()
+
+        with side_by_side() as pool:
+            try:
+                list(pool.map(lambda c: self._finetune(c, untrained[c.name], step), candidates))
+            except BaseException:
+                stop.set()
+                raise
+        after = {c.name: self.score(untrained[c.name], c, self.task.data.validation) for c in candidates}
+        scored = [replace(c, accuracy=Accuracy(pruned=before[c.name], tuned=after[c.name])) for c in candidates]
+        return scored, untrained
+
+    def _finetune(self, candidate: Candidate, model: nn.Module, step: Callable[[], None]) -> None:
         path = self._run.tuned(candidate.name)
         if path.exists():
             load_weights(model, path)
@@ -174,19 +183,17 @@ class Finals:
             for name, choice in candidate.choices.items()
             if not isinstance(choice, Dense)
         }
-        data = self.task.data
-        finetune(model, self.task.model, masks, data, self.recipe, seed=self._seed, on_step=self._progress.advance)
+        finetune(model, self.task.model, masks, self.task.data, self.recipe, seed=self._seed, on_step=step)
         save_weights(model, path)
 
-    def score(self, model: nn.Module, candidate: Candidate, split: Split, images: Tensor) -> float:
+    def score(self, model: nn.Module, candidate: Candidate, split: Split) -> float:
         """Return the accuracy of the deployed form of ``model``."""
         deployed = self.deployer.deploy(model, candidate.choices)
-        return accuracy(deployed, images, split.labels, EVALUATION_BATCH)
+        return accuracy(deployed, self.task.data.normalize(split.images), split.labels, EVALUATION_BATCH)
 
-    def test(self, model: nn.Module, candidate: Candidate) -> float:
-        """Return the accuracy on test data."""
-        split = self.task.data.test
-        return self.score(model, candidate, split, self.task.data.normalize(split.images))
+
+class _Stopped(Exception):
+    """Ends the fine-tunes beside one that was interrupted."""
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -16,7 +16,7 @@ from autoprune.core.budget import Budget, parse_budget
 from autoprune.core.choices import Choice
 from autoprune.core.errors import DeviceError
 from autoprune.core.layers import LayerSpec
-from autoprune.core.policy import Policy, PolicyFile, model_fingerprint
+from autoprune.core.policy import Accuracy, Policy, PolicyFile, model_fingerprint
 from autoprune.core.progress import Progress, Silent
 from autoprune.core.result import Result
 from autoprune.core.rundir import Cache, RunDir
@@ -227,11 +227,14 @@ def _finish(
 ) -> tuple[Result, Policy, nn.Module]:
     """Fine-tune every candidate, choose the finalist with the best validation accuracy, and say everything about it."""
     context.progress.stage("fine-tune", len(candidates) * finals.steps)
-    tuned = [finals.tune(candidate, finals.pruned(candidate)) for candidate in candidates]
+    tuned, models = finals.tune(candidates)
+    models["dense"] = context.task.model
+    data = context.task.data
     dense = Candidate("dense", "dense", {}, predicted_cost(context.layers, {}, finals.deployer))
-    models = {"dense": context.task.model, **{candidate.name: model for candidate, model in tuned}}
-    rows = [finals.tune(dense, context.task.model)[0], *(candidate for candidate, _ in tuned)]
-    rows = finals.time(rows, models)
+    score = finals.score(context.task.model, dense, data.validation)
+    dense = replace(dense, accuracy=Accuracy(dense=score, pruned=score, tuned=score))
+    context.progress.stage("verification", len(candidates) + 1)
+    rows = finals.time([dense, *tuned], models)
     own = [row for row in rows if row.finalist]
     met = [row for row in own if row.measured and meets(context.budget, row.measured)]
     chosen = max(met or own, key=lambda row: (row.accuracy.tuned or 0.0, row.accuracy.pruned or 0.0))
@@ -242,8 +245,8 @@ def _finish(
         accuracy=chosen.accuracy.model_copy(
             update={
                 "dense": rows[0].accuracy.pruned,
-                "test": finals.test(model, chosen),
-                "dense_test": finals.test(context.task.model, dense),
+                "test": finals.score(model, chosen, data.test),
+                "dense_test": finals.score(context.task.model, dense, data.test),
             }
         ),
     )

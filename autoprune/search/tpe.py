@@ -63,7 +63,7 @@ class TPESearcher(Searcher):
                     for layer, ladder in zip(problem.layers, ladders, strict=True)
                 )
                 study.tell(trial, state=TrialState.FAIL)
-                assignment = moves.repair(asked)
+                assignment = moves.fill(moves.repair(asked))
             quality = account.evaluate(assignment)
             params = {
                 layer.name: _rung(problem, place, choice, ladders[place])
