@@ -36,6 +36,14 @@ def test_a_reopened_study_answers_from_its_record(tmp_path: Path) -> None:
     second.close()
 
 
+def test_the_file_may_lie_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "net-latency=50%25 {x}?a=b#ü"
+    folder.mkdir()
+    study = filled(make_problem(layers=2), folder / "study.db", 2)
+    assert [entry.name for entry in folder.iterdir()] == ["study.db"]
+    assert Study(make_problem(layers=2), folder / "study.db").trials == study.trials
+
+
 def test_each_policy_is_one_finished_trial_that_optuna_understands(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     problem = make_problem(layers=4)

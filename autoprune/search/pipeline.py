@@ -136,8 +136,8 @@ def _stages(context: Context) -> Result:
         subject = Subject(context.task, context.layers, context.space, context.run, context.cache)
         deployer = open_latency(subject, config, context.progress)
     with clock.stage("layer database"):
-        options = worthwhile(context.space, deployer.table)
-        scored = score_choices(context.task, options, context.cache, context.progress)
+        scored = score_choices(context.task, context.space, context.cache, context.progress)
+        scored = worthwhile(scored, deployer.table)
     finals, candidates, study = _choose(context, deployer, scored)
     with clock.stage("fine-tune"):
         result, policy, weights = _finish(context, finals, candidates, study)

@@ -34,7 +34,7 @@ class Scored:
     """The quality side of a problem.
 
     Attributes:
-        options: Choices of each searched layer that are worth considering, dense first.
+        options: Choices of each searched layer, dense first.
         database: Compensated weights of all of them.
         evaluator: Scores policies.
         errors: Per layer an array: the network's error with only that layer changed.
@@ -46,21 +46,10 @@ class Scored:
     errors: tuple[np.ndarray, ...]
 
 
-def worthwhile(space: SearchSpace, table: LatencyTable) -> dict[LayerSpec, tuple[Choice, ...]]:
-    """Return the searched layers' choices without those whose kernel is not faster than dense on this machine."""
-    options = {}
-    for layer in space.searched:
-        dense_us = table.layer_us(layer, Dense())
-        kept = [c for c in space.choices[layer.name] if isinstance(c, Dense) or table.layer_us(layer, c) < dense_us]
-        options[layer] = tuple(kept)
-    return options
-
-
-def score_choices(
-    task: Task, options: dict[LayerSpec, tuple[Choice, ...]], cache: Cache, progress: Progress
-) -> Scored:
-    """Return the database and single-layer errors of ``options``, from the cache where an earlier run made them."""
+def score_choices(task: Task, space: SearchSpace, cache: Cache, progress: Progress) -> Scored:
+    """Return the database and single-layer errors of a space, from the cache where an earlier run made them."""
     data = task.data
+    options = {layer: space.choices[layer.name] for layer in space.searched}
     key = _key(task, options)
     path = cache.database(key)
     progress.stage("layer database", 2 * len(options))
@@ -81,6 +70,21 @@ def score_choices(
     else:
         errors = tuple(np.array(row) for row in stored)
     return Scored(options, database, evaluator, errors)
+
+
+def worthwhile(scored: Scored, table: LatencyTable) -> Scored:
+    """Return the choices without those whose kernel is not faster than dense on this machine."""
+    options, errors = {}, []
+    for (layer, choices), row in zip(scored.options.items(), scored.errors, strict=True):
+        dense_us = table.layer_us(layer, Dense())
+        kept = [
+            index
+            for index, choice in enumerate(choices)
+            if isinstance(choice, Dense) or table.layer_us(layer, choice) < dense_us
+        ]
+        options[layer] = tuple(choices[index] for index in kept)
+        errors.append(row[kept])
+    return Scored(options, scored.database, scored.evaluator, tuple(errors))
 
 
 def make_problem(

@@ -6,6 +6,7 @@ Each policy is one finished trial, committed before the search goes on; optuna-d
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.pool import NullPool
 
 from autoprune.core.errors import RunError
 from autoprune.envs.problem import Assignment, Problem, Quality
@@ -173,5 +175,12 @@ class Study:
         storage.remove_session()
 
 
-def _storage(path: Path | None) -> str | None:
-    return None if path is None else f"sqlite:///{path}"
+def _storage(path: Path | None) -> optuna.storages.RDBStorage | None:
+    if path is None:
+        return None
+
+    def connect() -> sqlite3.Connection:
+        return sqlite3.connect(path, timeout=60.0, check_same_thread=False)
+
+    # Not as an URL, in which a path may not hold every character; no pool, so that no connection outlives its use.
+    return optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": connect, "poolclass": NullPool})

@@ -1,7 +1,7 @@
 """Tree-structured Parzen estimator (Optuna) over the layers' choices, started from knapsack solutions.
 
-Source: Bergstra et al. (2011); Watanabe (2023). A proposal that misses the budget is brought down to it and learnt from
-as what was executed.
+Source: Bergstra et al. (2011); Watanabe (2023). A proposal that misses the budget is brought down to it, one that
+leaves some of it uses it up, and what is learnt from is what was executed.
 """
 
 from __future__ import annotations

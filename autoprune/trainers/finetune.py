@@ -33,10 +33,10 @@ class FinetuneRecipe:
 
     epochs: int = 2
     batch_size: int = 128
-    peak_lr: float = 0.05
+    peak_lr: float = 0.02
     rise: float = 0.2
-    distill: float = 0.5
-    temperature: float = 2.0
+    distill: float = 0.9
+    temperature: float = 4.0
     shift: int = 2
     precision: Precision = "bf16" if native_precision() == "bf16" else "fp32"
 

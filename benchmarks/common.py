@@ -1,0 +1,52 @@
+"""Rows that the benchmark scripts share."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from autoprune.lut.bench import BenchRow
+from autoprune.lut.measure import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def command() -> str:
+    """Return the command that is running, as it is repeated."""
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def today() -> str:
+    """Return the date, UTC."""
+    return datetime.now(UTC).date().isoformat()
+
+
+def row(
+    case: str, choice: str, metric: str, samples: list[float], *, baseline: float, compression: float = 1.0,
+    unit: str = "fraction", batch: int = 1, threads: int = 1,
+) -> BenchRow:
+    """Return a row of a figure that is no latency; percentiles over ``samples`` (seeds); baseline 0 means none."""
+    facts = machine()
+    low, middle, high = (float(value) for value in np.percentile(samples, [20, 50, 80]))
+    return BenchRow(
+        case=case,
+        choice=choice,
+        compression=round(compression, 3),
+        metric=metric,
+        unit=unit,
+        p20=round(low, 6),
+        p50=round(middle, 6),
+        p80=round(high, 6),
+        baseline_p50=round(baseline, 6),
+        ratio=round(middle / baseline, 4) if baseline else 0.0,
+        device=f"{facts['cpu']} {facts['isa']}",
+        threads=threads,
+        batch=batch,
+        dtype="float32",
+        versions=" ".join(f"{name}={facts[name]}" for name in ("python", "torch", "numba", "onnxruntime")),
+        date=today(),
+        command=command(),
+    )
