@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from autoprune.cli.main import run as cli
 from autoprune.cli.progress import Bars, Lines, make_progress, steps
+from autoprune.cli.record import print_record
 from autoprune.core.choices import Block, Choice
 from autoprune.core.errors import AutopruneError, InfeasibleBudget, MeasurementError
 from autoprune.core.layers import LayerSpec
@@ -137,6 +139,47 @@ def test_json_is_one_object_alone_on_stdout(
     assert Path(record["paths"]["policy"]).is_file()
 
 
+@pytest.mark.parametrize("argv", [["search"], ["train"], ["lut", "build"], ["lut", "show"], ["bench"], ["report"]])
+def test_every_command_takes_the_common_flags(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli([*argv, "--help"]) == 0
+    words = capsys.readouterr().out.split()
+    for flag in ("--json", "--seed", "--run", "--threads", "--batch", "--debug"):
+        assert flag in words
+
+
+def test_what_a_library_prints_is_not_among_the_results(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, result: Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_search(config: SearchConfig, progress: Progress) -> Result:
+        print("chatter")
+        return result
+
+    monkeypatch.setattr("autoprune.search.pipeline.run_search", run_search)
+    (tmp_path / "one").mkdir()
+    result.save(tmp_path / "one" / "result.json")
+    argv = ["search", "--budget", "latency=50%", "--run", "one", "--json", "--runs-dir", str(tmp_path)]
+    assert cli(argv) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["run"] == "made-up"
+    assert "chatter" in err
+
+
+def test_json_has_no_number_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    print_record({"ratio": float("nan"), "path": Path("a/b")})
+    assert capsys.readouterr().out == '{"ratio":null,"path":"a/b"}\n'
+
+
+def test_a_finished_run_is_shown_again(tmp_path: Path, result: Result, capsys: pytest.CaptureFixture[str]) -> None:
+    config = SearchConfig(budget="latency=50%", run="one", runs_dir=tmp_path)
+    folder = RunDir.open(tmp_path, "one", config.resolved())
+    result.save(folder.result)
+    assert cli(["search", "--budget", "latency=50%", "--run", "one", "--runs-dir", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert verdict(result) in " ".join(out.split())
+    assert "is finished; showing its result" in err
+    assert {path.name for path in tmp_path.iterdir()} == {"one"}
+
+
 def test_missed_budget_exits_1_with_its_report(
     monkeypatch: pytest.MonkeyPatch,
     searched: list[SearchConfig],
@@ -222,6 +265,17 @@ def test_report_is_written_again(run: RunDir, result: Result, capsys: pytest.Cap
     assert verdict(result) in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("flags", [["made-up"], ["--run", "made-up", "--batch", "1", "--threads", "1", "--seed", "0"]])
+def test_report_as_json(
+    run: RunDir, result: Result, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    assert cli(["report", *flags, "--json", "--runs-dir", str(run.path.parent)]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["met"] is True
+    assert record["paths"] == {"report": str(run.report)}
+    assert record["context"] == result.context
+
+
 def test_reader_that_leaves_early_is_no_error(run: RunDir) -> None:
     command = [sys.executable, "-m", "autoprune.cli.main", "report", str(run.path)]
     reading, writing = os.pipe()
@@ -234,18 +288,50 @@ def test_reader_that_leaves_early_is_no_error(run: RunDir) -> None:
     assert done.stderr == ""
 
 
-def test_ctrl_c_exits_130_and_says_how_to_go_on() -> None:
+def test_ctrl_c_in_a_search_exits_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+    # A test command in the background may hand on SIGINT as ignored; a user's terminal does not.
     code = (
-        "import os, signal, sys, types\n"
-        "pipeline = types.ModuleType('autoprune.search.pipeline')\n"
-        "pipeline.run_search = lambda config, progress: os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.modules[pipeline.__name__] = pipeline\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from autoprune.cli.main import run\n"
-        "sys.exit(run(['search', '--budget', 'latency=50%']))"
+        "sys.exit(run(['search', '--budget', 'latency=50%', '--run', 'a', '--runs-dir', sys.argv[1]]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 128 + signal.SIGINT
-    assert done.stderr == "autoprune: interrupted; the same command resumes where it stopped.\n"
+    argv = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(argv, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as search:
+        assert search.stderr is not None
+        assert search.stderr.readline() == "dense references: started\n"
+        search.send_signal(signal.SIGINT)
+        out, err = search.communicate(timeout=60)
+    assert search.returncode == 128 + signal.SIGINT
+    assert out == ""
+    stage, line = err.splitlines()
+    assert stage.startswith("dense references: stopped in ")
+    assert line == "autoprune: interrupted; the same command resumes where it stopped."
+    assert (tmp_path / "a" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["train"], "the same command resumes where it stopped"),
+        (["lut", "build"], "the same command with --resume keeps the rows measured so far"),
+        (["lut", "build", "--resume"], "the same command resumes where it stopped"),
+        (["bench", "--policy", "policy.json"], "give the command again"),
+    ],
+)
+def test_ctrl_c_elsewhere_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], line: str
+) -> None:
+    def interrupted(*args: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("trainers.run.train_policy", "tasks.task.load_task"):
+        monkeypatch.setattr(f"autoprune.{name}", interrupted)
+    monkeypatch.setattr("autoprune.core.policy.Policy.load", interrupted)
+    monkeypatch.chdir(tmp_path)
+    assert cli(argv) == 130
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"autoprune: interrupted; {line}.\n")
 
 
 def test_plain_progress_is_a_line_per_stage() -> None:
@@ -312,6 +398,7 @@ def test_every_flag_reaches_the_training(
 
     monkeypatch.setattr("autoprune.trainers.run.train_policy", train_policy)
     flags = ["--trainer", "campfire", "--epochs", "3", "--seed", "4", "--data", "other", "--data-dir", "d"]
+    flags += ["--set", "era_start=1", "--set", "exponent=2.5"]
     flags += ["--init", "w.safetensors", "--batch", "8", "--threads", "2", "--no-dense-control", "--embedded"]
     argv = ["train", "--policy", str(run.policy), *flags, "--runs-dir", str(tmp_path)]
     assert cli(argv) == 0
@@ -319,13 +406,17 @@ def test_every_flag_reaches_the_training(
     assert "90.00 %" in out
     assert "1 min 01 s" in out
     assert cli([*argv, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == trained.model_dump(mode="json")
+    record = json.loads(capsys.readouterr().out)
+    assert record.pop("paths")["weights"] == str(tmp_path / "made-up-campfire-e3-s4" / "weights.safetensors")
+    assert record.pop("run") == "made-up-campfire-e3-s4"
+    assert record == trained.model_dump(mode="json")
     policy = Policy.load(run.policy)
     expected = TrainRequest(
         model="resnet20",
         data="other",
         policy=policy,
         trainer="campfire",
+        settings={"era_start": 1, "exponent": 2.5},
         recipe=Recipe(epochs=3, precision=native_precision()),
         seed=4,
         init=Path("w.safetensors"),
@@ -341,30 +432,49 @@ def test_every_flag_reaches_the_training(
 def test_training_without_a_policy_is_dense(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def train_policy(request: TrainRequest, folder: RunDir, progress: Progress) -> TrainResult:
         assert request.policy is None
-        raise AutopruneError(f"{request.model} in {folder.path.name}")
+        raise MeasurementError(f"{request.model} in {folder.path.name}")
 
     monkeypatch.setattr("autoprune.trainers.run.train_policy", train_policy)
-    assert cli(["train", "--model", "vgg11", "--runs-dir", str(tmp_path)]) == 2
+    assert cli(["train", "--model", "vgg11", "--runs-dir", str(tmp_path)]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["vgg11-dense-e12-s0"]
 
 
-def test_bench_prints_and_appends_its_rows(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def benched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, int, float]]:
+    """Replace the measurement of a benchmark; returns the images, threads and seconds it was given."""
+    asked: list[tuple[torch.Tensor, int, float]] = []
+
     def bench(model: nn.Module, policy: Policy, batch: torch.Tensor, threads: int, seconds: float) -> BenchResult:
-        assert batch.shape[0] == 3
-        assert (threads, seconds) == (2, 1.5)
+        asked.append((batch, threads, seconds))
         references = {"plan": Spread(90.0, 100.0, 110.0), "onnxruntime": Spread(190.0, 200.0, 210.0)}
-        return BenchResult(Spread(40.0, 50.0, 60.0), references, {"torch-compile": "no compiler"}, {}, 90, 10, 3, 2)
+        absent = {"torch-compile": "no compiler"}
+        return BenchResult(Spread(40.0, 50.0, 60.0), references, absent, {}, 90, 10, batch.shape[0], threads)
 
     monkeypatch.setattr("autoprune.lut.bench.bench", bench)
+    return asked
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> RunDir:
+    """A run ``pruned`` of batch 4 with a policy for ResNet-20 and its weights."""
     task = load_task("resnet20", "fashion-mnist")
+    config = SearchConfig(budget="latency=50%", batch=4)
+    folder = RunDir.open(tmp_path / "runs", "pruned", config.resolved())
     layers = trace(task.model, task.example)
     policy = Policy.make({"layer1.0.conv1": Block(keep=0.25)}, layers, model="resnet20", budget="latency=50%")
-    policy.save(tmp_path / "policy.json")
+    policy.save(folder.policy)
+    save_file(task.model.state_dict(), folder.weights)
+    return folder
+
+
+def test_bench_prints_and_appends_its_rows(
+    benched: list[tuple[torch.Tensor, int, float]], pruned: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     csv = tmp_path / "rows.csv"
-    argv = ["bench", "--policy", str(tmp_path / "policy.json"), "--batch", "3", "--threads", "2", "--seconds", "1.5"]
+    argv = ["bench", "--policy", str(pruned.policy), "--batch", "3", "--threads", "2", "--seconds", "1.5"]
     assert cli([*argv, "--csv", str(csv)]) == 0
+    ((images, threads, seconds),) = benched
+    assert (tuple(images.shape), threads, seconds) == ((3, 1, 28, 28), 2, 1.5)
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
     assert ["deployed", "40.0", "50.0", "60.0", "0.50"] in lines
@@ -374,9 +484,37 @@ def test_bench_prints_and_appends_its_rows(
     assert len(csv.read_text().splitlines()) == 4
 
 
-def test_table_is_built_calibrated_and_shown(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_bench_of_a_run_takes_its_policy_weights_and_settings(
+    benched: list[tuple[torch.Tensor, int, float]], pruned: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    argv = ["bench", "--run", "pruned", "--runs-dir", str(pruned.path.parent), "--json"]
+    assert cli(argv) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["policy"], record["weights"]) == (str(pruned.policy), str(pruned.weights))
+    assert record["deployed"] == {"p20": 40.0, "p50": 50.0, "p80": 60.0}
+    assert set(record["references"]) == {"plan", "onnxruntime"}
+    assert (record["fastest_reference"], record["ratio"]) == ("plan", 0.5)
+    assert (record["context"]["batch"], record["context"]["threads"]) == (4, 1)
+    assert cli([*argv, "--batch", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["context"]["batch"] == 2
+
+
+def test_seed_of_a_benchmark_draws_its_images(
+    benched: list[tuple[torch.Tensor, int, float]], pruned: RunDir
+) -> None:
+    argv = ["bench", "--run", "pruned", "--runs-dir", str(pruned.path.parent)]
+    for seed in ("0", "0", "1"):
+        assert cli([*argv, "--seed", seed]) == 0
+    first, same, other = (images for images, _, _ in benched)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Replace the measurements of a table; returns how many new rows each build was asked for."""
+    asked: list[int] = []
+
     def build_table(
         wanted: Mapping[LayerSpec, Sequence[Choice]],
         context: Context,
@@ -387,32 +525,59 @@ def test_table_is_built_calibrated_and_shown(
     ) -> LatencyTable:
         row = LatencyRow(p10=9.0, p50=10.0, p90=12.0, weight_bytes=64, kernel="made-up")
         new = {(layer.signature, choice.text): row for layer, choices in wanted.items() for choice in choices}
+        asked.append(len(set(new) - set(rows)))
         table = LatencyTable(context, {**new, **rows})
         checkpoint(table)
         progress(len(new), len(new))
         return table
 
     def calibrate(table: LatencyTable, layers: object, deploy: object, space: object, seed: int) -> LatencyTable:
-        assert out.is_file(), "rows are kept before the calibration starts"
         points = tuple(Point(rows_us=us, measured_us=us) for us in (1.0, 2.0))
         made = Calibration(slope=1.1, intercept_us=5.0, mape=0.02, kendall_tau=0.9, points=points)
         return table.with_calibration(made)
 
     monkeypatch.setattr("autoprune.lut.build.build_table", build_table)
     monkeypatch.setattr("autoprune.lut.calibrate.calibrate", calibrate)
+    return asked
+
+
+def test_table_is_built_calibrated_and_shown(
+    measured: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "table.json"
     assert cli(["lut", "build", "--out", str(out), "--batch", "2", "--threads", "1"]) == 0
     built = capsys.readouterr()
     assert built.err.startswith("table: started, ")
     assert LatencyTable.load(out, current_context(2, 1)).calibration is not None
     assert cli(["lut", "build", "--out", str(out), "--batch", "2", "--resume"]) == 0
+    assert measured[0] > 0
+    assert measured[1] == 0
     assert cli(["lut", "build", "--out", str(out), "--batch", "1", "--resume"]) == 2
     assert "measured with batch 2, wanted 1" in capsys.readouterr().err
-    assert cli(["lut", "show", str(out)]) == 0
+    assert cli(["lut", "show", str(out), "--batch", "2", "--threads", "1"]) == 0
     shown = capsys.readouterr().out
     assert "end to end = 1.100 × sum of rows + 5.0 µs; 2.0 % mean error" in shown
     assert "conv-k16-c1-3x3-in28x28-s1x1-p1x1" in shown
     assert shown in built.out
+    assert "…" not in shown
+
+
+def test_table_of_a_run_and_table_of_none_have_their_places(
+    measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli(["lut", "build", "--run", "mine", "--json"]) == 0
+    built = json.loads(capsys.readouterr().out)
+    assert built["path"] == "runs/mine/table.json"
+    assert len(built["rows"]) == measured[0]
+    assert built["calibration"]["slope"] == 1.1
+    assert cli(["lut", "show", "--run", "mine", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == built
+    assert cli(["lut", "build", "--batch", "2", "--threads", "2"]) == 0
+    assert {str(path) for path in Path("runs").rglob("*.json")} == {
+        "runs/mine/table.json",
+        "runs/tables/resnet20-b2-t2.json",
+    }
 
 
 def test_table_of_another_run_survives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

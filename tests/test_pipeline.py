@@ -18,7 +18,7 @@ from autoprune.search.aim import closer, find_margin
 from autoprune.tasks.data import DataSet, Split
 from autoprune.tasks.task import Task, load_task
 
-SPACE = """
+SPACE = """name: small
 rules:
   - match: {name: "layer3.*", window: 3x3}
     choices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,41 +14,149 @@ import typer
 from autoprune.cli import options
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autoprune.core.policy import Policy
     from autoprune.lut.bench import BenchResult
+    from autoprune.tasks.task import Task
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What is timed: a policy's file, the weights (None: the package's), and the settings it was made with."""
+
+    policy: Path
+    weights: Path | None
+    data: str
+    batch: int
+    threads: int
 
 
 def bench(
-    policy: Annotated[Path, typer.Option(help="Policy file.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="Weights trained under the policy.", show_default="dense, masked by magnitude")
+    policy: Annotated[Path | None, typer.Option(help="Policy file; this or --run.", show_default=False)] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Take policy and weights of this run; this or --policy.", show_default=False)
     ] = None,
-    data: options.Data = "fashion-mnist",
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Weights trained under the policy.", show_default="the run's, or dense masked by magnitude"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set, by name.", show_default="the run's, or fashion-mnist")
+    ] = None,
     data_dir: options.DataDir = None,
-    batch: options.Batch = 1,
-    threads: options.Threads = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images per forward pass.", show_default="the run's, or 1")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=62, help="CPU threads.", show_default="the run's, or 1", metavar="INTEGER")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of the images drawn as input.", metavar="INTEGER")
+    ] = 0,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure, building not counted.")] = 10.0,
     csv: Annotated[Path | None, typer.Option(help="Append the figures to this file.")] = None,
+    runs_dir: options.RunsDir = Path("runs"),
+    as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Time a policy's deployed network against every dense execution, interleaved in one process."""
+    from autoprune.cli.progress import working
     from autoprune.core.policy import Policy
-    from autoprune.lut.bench import Labels, append_rows, rows
+    from autoprune.lut.bench import append_rows
     from autoprune.lut.bench import bench as measure
     from autoprune.search_spaces.trace import trace
     from autoprune.tasks.task import load_task
 
-    record = Policy.load(policy)
-    model = record.file.model
-    task = load_task(model, data, data_dir=data_dir, weights=weights)
+    options.one_of("--policy", policy, "--run", run)
+    subject = _subject(policy, run, runs_dir)
+    subject = _Subject(
+        subject.policy,
+        weights or subject.weights,
+        data or subject.data,
+        batch or subject.batch,
+        threads or subject.threads,
+    )
+    record = Policy.load(subject.policy)
+    task = load_task(record.file.model, subject.data, data_dir=data_dir, weights=subject.weights)
     record.check_model(trace(task.model, task.example))
-    result = measure(task.model, record, task.example.repeat(batch, 1, 1, 1), threads, seconds)
+    if csv is not None:
+        append_rows(csv, [])  # a file that cannot take the figures is told of before they are measured
+    with working() as progress:
+        progress.stage("measure")
+        result = measure(task.model, record, _images(task, subject.batch, seed), subject.threads, seconds)
+    if csv is not None:
+        _append(csv, result, record, task.name)
+    if as_json:
+        _print_record(subject, record, result, seed)
+        return
     _show(result)
     if csv is not None:
-        compression = 1.0 / record.file.predicted.params_ratio
-        date = datetime.now(UTC).date().isoformat()
-        command = shlex.join(["autoprune", *sys.argv[1:]])
-        append_rows(csv, rows(result, Labels(f"{model} {data}", record.file.budget, compression, date, command)))
         print(csv)
+
+
+def _subject(policy: Path | None, run: str | None, runs_dir: Path) -> _Subject:
+    from autoprune.core.errors import RunError
+    from autoprune.core.rundir import RunDir
+
+    if run is None:
+        assert policy is not None
+        return _Subject(policy, None, "fashion-mnist", 1, 1)
+    folder = RunDir.existing(runs_dir, run)
+    for path in (folder.policy, folder.weights):
+        if not path.exists():
+            raise RunError(
+                f"run {folder.path} has no {path.name}: it is not finished, or trained without a policy; give its "
+                "command again, or another --run."
+            )
+    made = folder.read_json(folder.config)
+    # A training's configuration leaves batch and threads out: they do not change what is trained.
+    batch, threads = (value if isinstance(value := made.get(key), int) else 1 for key in ("batch", "threads"))
+    return _Subject(folder.policy, folder.weights, str(made.get("data", "fashion-mnist")), batch, threads)
+
+
+def _images(task: Task, batch: int, seed: int) -> Tensor:
+    """Return ``batch`` validation images drawn at random, (N, C, H, W); more than there are repeat."""
+    import torch
+
+    images = task.data.validation.images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return task.data.normalize(images[order[torch.arange(batch) % len(order)]]).contiguous()
+
+
+def _append(csv: Path, result: BenchResult, policy: Policy, data: str) -> None:
+    from autoprune.lut.bench import Labels, append_rows, rows
+
+    compression = 1.0 / policy.file.predicted.params_ratio
+    date = datetime.now(UTC).date().isoformat()
+    command = shlex.join(["autoprune", *sys.argv[1:]])
+    labels = Labels(f"{policy.file.model} {data}", policy.file.budget, compression, date, command)
+    append_rows(csv, rows(result, labels))
+
+
+def _print_record(subject: _Subject, policy: Policy, result: BenchResult, seed: int) -> None:
+    from autoprune.cli.record import print_record
+    from autoprune.lut.table import current_context
+
+    print_record(
+        {
+            "model": policy.file.model,
+            "data": subject.data,
+            "budget": policy.file.budget,
+            "policy": subject.policy,
+            "weights": subject.weights,
+            "seed": seed,
+            "unit": "us",
+            "deployed": result.deployed,
+            "references": result.references,
+            "absent_references": result.absent,
+            "fastest_reference": result.best,
+            "ratio": result.ratio,
+            "samples": {"taken": result.taken, "dropped": result.dropped},
+            "build_seconds": result.build_seconds,
+            "context": current_context(result.batch, result.threads),
+        }
+    )
 
 
 def _show(result: BenchResult) -> None:

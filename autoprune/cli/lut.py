@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,13 +31,22 @@ def build(
     threads: options.Threads = 1,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
-    out: Annotated[Path, typer.Option(help="The table's file; written after every layer.")] = Path("table.json"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The table's file, written after every layer.", show_default="made from the settings"),
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Write the table that a search of this run's name uses.", show_default=False)
+    ] = None,
+    runs_dir: options.RunsDir = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Keep the rows of an existing file.")] = False,
+    as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Measure the table of a model and a search space, and calibrate it on whole networks."""
-    from autoprune.cli.progress import make_progress, steps
-    from autoprune.core.errors import DeviceError, RunError
+    from autoprune.cli.progress import steps, working
+    from autoprune.core.errors import RunError
+    from autoprune.core.rundir import make_folder
     from autoprune.lut.build import build_table
     from autoprune.lut.calibrate import calibrate
     from autoprune.lut.deploy import deployer
@@ -45,40 +55,93 @@ def build(
     from autoprune.search_spaces.trace import trace
     from autoprune.tasks.task import load_task
 
-    if device != "cpu":
-        raise DeviceError(f"--device {device!r}: sparse kernels exist for 'cpu'.")
-    if out.exists() and not resume:
-        raise RunError(f"{out} exists; --resume keeps its rows and measures what is absent, or give another --out.")
+    _check_device(device)
+    settings = {"model": model, "data": data, "space": space, "batch": batch, "threads": threads}
+    path = out or _path(run, runs_dir, settings)
+    if run is not None:
+        _check_run(run, runs_dir, settings)
+    if path.exists() and not resume:
+        raise RunError(f"{path} exists; --resume keeps its rows and measures what is absent, or give another --out.")
     context = current_context(batch, threads)
-    rows = LatencyTable.load(out, context).rows if out.exists() else {}
+    rows = LatencyTable.load(path, context).rows if path.exists() else {}
     task = load_task(model, data, data_dir=data_dir)
     layers = trace(task.model, task.example)
     choices = load_space(space, layers).choices
     wanted = {layer: choices[layer.name] for layer in layers}
-    progress = make_progress()
-    try:
+    if out is None:
+        make_folder(path.parent)
+    elif not os.access(out.parent, os.W_OK):
+        raise RunError(f"--out {out}: {out.parent} is no folder that can be written; make it, or give another --out.")
+    with working() as progress:
         table = build_table(
-            wanted, context, rows=rows, progress=steps(progress, "table"), checkpoint=lambda part: part.save(out)
+            wanted, context, rows=rows, progress=steps(progress, "table"), checkpoint=lambda part: part.save(path)
         )
         progress.stage("calibration")
         deploy = deployer(task.model, task.example.repeat(batch, 1, 1, 1), threads)
         table = calibrate(table, layers, deploy, choices, seed)
-        table.save(out)
-    finally:
-        progress.finish()
-    _show(table)
-    print(out)
+        table.save(path)
+    _show(table, path, as_json)
+    if not as_json:
+        print(path)
 
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="A table's file.")],
+    file: Annotated[Path | None, typer.Argument(help="A table's file.", show_default=False)] = None,
+    run: options.RunRead = None,
+    runs_dir: options.RunsDir = Path("runs"),
+    batch: options.BatchRead = None,
+    threads: options.ThreadsRead = None,
+    seed: options.SeedRead = None,
+    as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Show a table: its context, its calibration and every row."""
+    from autoprune.core.rundir import RunDir, check_made_with
     from autoprune.lut.table import LatencyTable
 
-    _show(LatencyTable.load(file))
+    options.one_of("FILE", file, "--run", run)
+    made: dict[str, object] = {}
+    if run is not None:
+        folder = RunDir.existing(runs_dir, run)
+        file = folder.table
+        made = folder.read_json(folder.config) if folder.config.exists() else {}
+    assert file is not None
+    table = LatencyTable.load(file)
+    # Of the seed, which drew the calibration's networks, only a run keeps a note.
+    made = {**made, "batch": table.context.batch, "threads": table.context.threads}
+    check_made_with(f"latency table {file}", made, {"batch": batch, "threads": threads, "seed": seed})
+    _show(table, file, as_json)
+
+
+def _check_device(device: str) -> None:
+    from autoprune.core.errors import DeviceError
+
+    if device == "cpu":
+        return
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise DeviceError("--device cuda: PyTorch finds no NVIDIA GPU on this machine; use --device cpu.")
+    raise DeviceError(f"--device {device!r}: sparse kernels exist for 'cpu'.")
+
+
+def _path(run: str | None, runs_dir: Path, settings: dict[str, object]) -> Path:
+    from autoprune.core.rundir import RunDir, run_name, table_path
+
+    if run is not None:
+        return RunDir.named(runs_dir, run).table
+    return table_path(runs_dir, run_name(settings["model"], f"b{settings['batch']}", f"t{settings['threads']}"))
+
+
+def _check_run(run: str, runs_dir: Path, settings: dict[str, object]) -> None:
+    """Refuse to measure for a run that exists with other settings."""
+    from autoprune.core.rundir import RunDir, check_made_with
+
+    folder = RunDir.named(runs_dir, run)
+    if folder.config.exists():
+        check_made_with(f"run {folder.path}", folder.read_json(folder.config), settings)
 
 
 def _slowest_first(item: tuple[tuple[str, str], Row]) -> tuple[str, float, str]:
@@ -86,7 +149,18 @@ def _slowest_first(item: tuple[tuple[str, str], Row]) -> tuple[str, float, str]:
     return signature, -row.p50, choice
 
 
-def _show(table: LatencyTable) -> None:
+def _show(table: LatencyTable, path: Path, as_json: bool) -> None:
+    if as_json:
+        from autoprune.cli.record import print_record
+
+        rows = [{"layer": key[0], "choice": key[1], **row.model_dump()} for key, row in sorted(table.rows.items())]
+        facts = {"context": table.context, "calibration": table.calibration, "hash": table.hash, "rows": rows}
+        print_record({"path": path, **facts})
+        return
+    _print_table(table)
+
+
+def _print_table(table: LatencyTable) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table

@@ -51,14 +51,15 @@ def run(argv: Sequence[str]) -> int:
         _drop_stdout()
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        return _tell(error, debug="--debug" in argv)
+        return _tell(error, argv)
     # typer answers Ctrl-C with a code instead of the exception
-    return _interrupted() if code == INTERRUPTED else int(code or 0)
+    return _interrupted(argv) if code == INTERRUPTED else int(code or 0)
 
 
-def _tell(error: BaseException, *, debug: bool) -> int:
+def _tell(error: BaseException, argv: Sequence[str]) -> int:
+    debug = "--debug" in argv
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-        return _interrupted()
+        return _interrupted(argv)
     if isinstance(error, AutopruneError):
         line, code = str(error), error.exit_code
     elif hasattr(error, "format_message"):  # a usage error; its class is click's or typer's, by typer's version
@@ -76,8 +77,14 @@ def _tell(error: BaseException, *, debug: bool) -> int:
     return code
 
 
-def _interrupted() -> int:
-    print("autoprune: interrupted; the same command resumes where it stopped.", file=sys.stderr)
+def _interrupted(argv: Sequence[str]) -> int:
+    command = next(iter(argv), "")
+    next_step = "give the command again"
+    if command in ("search", "train") or "--resume" in argv:
+        next_step = "the same command resumes where it stopped"
+    elif command == "lut":
+        next_step = "the same command with --resume keeps the rows measured so far"
+    print(f"autoprune: interrupted; {next_step}.", file=sys.stderr)
     return INTERRUPTED
 
 

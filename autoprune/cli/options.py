@@ -3,20 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+T = TypeVar("T")
+
+# The kernels' program serves at most 62 threads; torch's and scikit-learn's generators take 32-bit seeds.
+_MOST_THREADS = 62
+_MOST_SEED = 2**32 - 1
 
 Model = Annotated[str, typer.Option(help="Network to prune, by name.")]
 Data = Annotated[str, typer.Option(help="Data set, by name.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the full data set.")]
 Space = Annotated[str, typer.Option(help="Search space: a preset's name or a YAML file.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images per forward pass of the deployed network.")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads of the deployed network.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
+Threads = Annotated[
+    int, typer.Option(min=1, max=_MOST_THREADS, help="CPU threads of the deployed network.", metavar="INTEGER")
+]
+Seed = Annotated[int, typer.Option(min=0, max=_MOST_SEED, help="Seed of every random draw.", metavar="INTEGER")]
 Device = Annotated[str, typer.Option(help="Where the network is to be deployed: cpu or cuda.")]
 Run = Annotated[str | None, typer.Option(help="Name of the run's folder.", show_default="made from the settings")]
 RunsDir = Annotated[Path, typer.Option(help="Folder of all runs.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Set an existing run of this name aside and start over.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else goes to stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+# Of commands that only read: the value is compared with what is read, and another one is refused.
+RunRead = Annotated[str | None, typer.Option("--run", help="Name of the run to read.")]
+BatchRead = Annotated[
+    int | None, typer.Option("--batch", min=1, help="Refuse what was made for another batch.", show_default="any")
+]
+ThreadsRead = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Refuse what was made for other threads.", show_default="any")
+]
+SeedRead = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Refuse what was made with another seed.", show_default="any")
+]
+
+
+def one_of(first: str, a: T | None, second: str, b: T | None) -> T:
+    """Return the one of two arguments that was given.
+
+    Raises:
+        RunError: Both were given, or neither.
+    """
+    from autoprune.core.errors import RunError
+
+    given = [value for value in (a, b) if value is not None]
+    if len(given) != 1:
+        raise RunError(f"{first} and {second}: got {'both' if given else 'neither'}; give one of the two.")
+    return given[0]

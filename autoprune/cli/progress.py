@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from autoprune.core.progress import Progress
@@ -17,6 +18,17 @@ def make_progress(stream: TextIO | None = None) -> Progress:
     """Return bars if ``stream`` (stderr by default) is a terminal, else plain lines."""
     stream = stream or sys.stderr
     return Bars() if stream.isatty() else Lines(stream)
+
+
+@contextlib.contextmanager
+def working() -> Iterator[Progress]:
+    """Yield the progress of a command's work; what libraries print meanwhile goes to stderr, not among the results."""
+    progress = make_progress()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield progress
+    finally:
+        progress.finish()
 
 
 def steps(progress: Progress, name: str) -> Callable[[int, int], None]:
@@ -110,8 +122,9 @@ class Lines:
     def finish(self) -> None:
         """Say how far the stage came, and how long it took."""
         if self._name is not None:
-            whole = self._total is None or self._done >= self._total
-            came = "done" if whole else f"{self._done} of {self._total} steps"
+            # Only the error that is on its way tells that a stage without steps did not reach its end.
+            whole = sys.exception() is None if self._total is None else self._done >= self._total
+            came = "done" if whole else "stopped" if self._total is None else f"{self._done} of {self._total} steps"
             self._print(f"{self._name}: {came} in {time.monotonic() - self._start:.1f} s")
             self._name = None
 

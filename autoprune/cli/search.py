@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,9 +39,10 @@ def search(
     debug: options.Debug = False,
 ) -> None:
     """Find the sparsity of every layer that meets a measured budget with the least loss of accuracy."""
-    from autoprune.cli.progress import make_progress
+    from autoprune.cli.progress import working
     from autoprune.core.budget import parse_budget
     from autoprune.core.rundir import RunDir
+    from autoprune.core.undo import undone_when_refused
     from autoprune.report.html import write_report
     from autoprune.search.config import SearchConfig
     from autoprune.search.pipeline import run_search
@@ -65,11 +65,8 @@ def search(
         runs_dir=runs_dir,
         fresh=fresh,
     )
-    progress = make_progress()
-    try:
+    with undone_when_refused(runs_dir, config.name), working() as progress:
         result = run_search(config, progress)
-    finally:
-        progress.finish()
     folder = RunDir(runs_dir / config.name)
     report = write_report(folder)
     _show(result, {"policy": folder.policy, "weights": folder.weights, "report": report}, as_json)
@@ -79,11 +76,11 @@ def search(
 
 def _show(result: Result, paths: dict[str, Path], as_json: bool) -> None:
     present = {name: path for name, path in paths.items() if path.exists()}
-    if not as_json:
-        from autoprune.cli.table import print_result
+    if as_json:
+        from autoprune.cli.record import print_result_record
 
-        print_result(result, present)
+        print_result_record(result, present)
         return
-    fields = {"model", "data", "budget", "agent", "seed", "met", "reason", "rows", "references"}
-    record = result.model_dump(include=fields)
-    print(json.dumps({**record, "paths": {name: str(path) for name, path in present.items()}}))
+    from autoprune.cli.table import print_result
+
+    print_result(result, present)

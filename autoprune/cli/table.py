@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _STYLES = {"dense": "dim", "chosen": "bold green", "baseline": ""}
-_WIDTH_OF_A_FILE = 140
+_WIDTH_OF_A_FILE = 200
 
 
 def make_console() -> Console:

@@ -12,10 +12,17 @@ from autoprune.cli import options
 if TYPE_CHECKING:
     from autoprune.trainers.run import TrainRequest, TrainResult
 
+# Any number: how many steps an epoch has is known once the data is read.
+_MANY_STEPS = 10**6
+
 
 def train(
     policy: Annotated[Path | None, typer.Option(help="Policy file.", show_default="dense training")] = None,
     trainer: Annotated[str, typer.Option(help="How the policy is reached: clicktrain or campfire.")] = "clicktrain",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the trainer, such as lasso=1e-3; repeatable."),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 12,
     init: Annotated[
         Path | None, typer.Option(help="Weights to start from (safetensors).", show_default="random ones")
@@ -41,9 +48,10 @@ def train(
     debug: options.Debug = False,
 ) -> None:
     """Train a network under a policy, beside a dense control of the same recipe, and time what comes out."""
-    from autoprune.cli.progress import make_progress
+    from autoprune.cli.progress import working
     from autoprune.core.policy import Policy
     from autoprune.core.rundir import RunDir, run_name
+    from autoprune.core.undo import undone_when_refused
     from autoprune.trainers.recipe import Recipe, native_precision
     from autoprune.trainers.run import TrainRequest, train_policy
 
@@ -53,6 +61,7 @@ def train(
         data=data,
         policy=record,
         trainer=trainer,
+        settings=_settings(trainer, settings or [], policy, epochs),
         recipe=Recipe(epochs=epochs, precision=native_precision()),
         seed=seed,
         init=init,
@@ -63,14 +72,14 @@ def train(
         threads=threads,
     )
     name = run or run_name(*_origin(policy, request), f"e{epochs}", f"s{seed}")
-    folder = RunDir.open(runs_dir, name, request.config(), fresh=fresh)
-    progress = make_progress()
-    try:
+    with undone_when_refused(runs_dir, name), working() as progress:
+        folder = RunDir.open(runs_dir, name, request.config(), fresh=fresh)
         result = train_policy(request, folder, progress)
-    finally:
-        progress.finish()
     if as_json:
-        print(result.model_dump_json())
+        from autoprune.cli.record import print_record
+
+        paths = {"weights": folder.weights, "metrics": folder.metrics}
+        print_record({**result.model_dump(), "run": name, "paths": paths})
         return
     _show(result)
     print(f"  {'weights':<8}{folder.weights}\n  {'metrics':<8}{folder.metrics}")
@@ -81,6 +90,18 @@ def _origin(policy: Path | None, request: TrainRequest) -> tuple[str, str]:
     if policy is None:
         return request.model, "dense"
     return policy.resolve().parent.name if policy.name == "policy.json" else policy.stem, request.trainer
+
+
+def _settings(trainer: str, texts: list[str], policy: Path | None, epochs: int) -> dict[str, object]:
+    from autoprune.trainers.method import METHODS, Clock, parse_settings
+    from autoprune.trainers.schedule import TrainerError
+
+    if texts and policy is None:
+        raise TrainerError(f"--set {texts[0]}: dense training has no such settings; give a --policy.")
+    settings = parse_settings(trainer, texts)
+    # Without layers a method only checks its settings: a wrong one is refused before anything heavy starts.
+    METHODS.get(trainer)([], Clock(_MANY_STEPS, epochs), settings)
+    return settings
 
 
 def _show(result: TrainResult) -> None:

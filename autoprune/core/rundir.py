@@ -22,6 +22,20 @@ def run_name(*parts: object) -> str:
     return name[:128] or "run"
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder below the folder of runs, if it is absent.
+
+    Raises:
+        RunError: It cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make run folder {path}: {error.strerror}; choose another --runs-dir.") from None
+    if not os.access(path, os.W_OK):
+        raise RunError(f"run folder {path} is not writable; choose another --runs-dir.")
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is flushed to disk and takes its place."""
@@ -51,6 +65,28 @@ def write_text(path: Path, text: str) -> None:
         raise RunError(f"cannot write {path}: {error.strerror}; choose another folder or free the disk.") from None
 
 
+def table_path(root: Path, name: str) -> Path:
+    """Return where a latency table that belongs to no run is kept."""
+    return root / "tables" / f"{name}.json"
+
+
+def check_made_with(what: str, made: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+    """Refuse settings that are not those a thing was made with.
+
+    Args:
+        what: The thing, in the words of the error message.
+        made: Its settings, by flag.
+        wanted: By flag; None is not compared.
+    Raises:
+        RunError: Naming the first setting that differs, or that the thing does not tell.
+    """
+    for flag, want in wanted.items():
+        if want is None or made.get(flag) == want:
+            continue
+        told = f"was made with --{flag} {made[flag]}, not {want}" if flag in made else f"does not tell its {flag}"
+        raise RunError(f"{what} {told}; leave --{flag} out, or give another one.")
+
+
 class RunDir:
     """One run's folder.
 
@@ -73,19 +109,33 @@ class RunDir:
         Raises:
             RunError: The name leaves ``root``, the folder is unwritable, or it holds another configuration.
         """
-        if not _NAME.fullmatch(name):
-            raise RunError(f"--run {name!r}: one name of letters, digits and . _ - = % @ +, inside {root}/.")
-        run = RunDir(root / name)
+        run = RunDir.named(root, name)
         if fresh and run.path.exists():
             run._set_aside()
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot make run folder {run.path}: {error.strerror}; choose another --runs-dir.") from None
-        if not os.access(run.path, os.W_OK):
-            raise RunError(f"run folder {run.path} is not writable; choose another --runs-dir.")
+        make_folder(run.path)
         run._check_config(config)
         return run
+
+    @staticmethod
+    def named(root: Path, name: str) -> RunDir:
+        """Return the run of that name, whether there is a folder or not; none is made.
+
+        Raises:
+            RunError: The name leaves ``root``.
+        """
+        if not _NAME.fullmatch(name):
+            raise RunError(f"--run {name!r}: one name of letters, digits and . _ - = % @ +, inside {root}/.")
+        return RunDir(root / name)
+
+    @staticmethod
+    def existing(root: Path, name: str) -> RunDir:
+        """Return the run of that name, which may lack a configuration as yet.
+
+        Raises:
+            RunError: The name leaves ``root``, or there is no such folder; the newest runs are named.
+        """
+        run = RunDir.named(root, name)
+        return run if run.path.is_dir() else RunDir.find(root, name)
 
     @staticmethod
     def find(root: Path, run: str) -> RunDir:
@@ -210,8 +260,10 @@ class RunDir:
 class Cache:
     """What several runs share: measurements and layer databases, by a key of all they depend on."""
 
+    FOLDER = ".cache"
+
     def __init__(self, runs_dir: Path) -> None:
-        self._folder = runs_dir / ".cache"
+        self._folder = runs_dir / self.FOLDER
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -128,7 +128,7 @@ class LatencyTable:
         if found is None:
             raise MissingLatency(
                 f"no latency of {choice.text} for layer '{layer.name}' ({layer.signature}). "
-                "Run: autoprune lut build --resume"
+                "Run: autoprune lut build --resume --out FILE"
             )
         return found
 
@@ -174,7 +174,7 @@ class LatencyTable:
             layer, choice = absent[0]
             raise MissingLatency(
                 f"{len(absent)} of {len(pairs)} rows absent (first: {layer.name}, {choice.text}). "
-                "Run: autoprune lut build --resume"
+                "Run: autoprune lut build --resume --out FILE"
             )
 
     def check(self, context: Context) -> None:

@@ -57,14 +57,14 @@ def open_latency(subject: Subject, config: SearchConfig, progress: Progress) -> 
     key = _key(context, subject)
     progress.stage("dense references", None)
     references = _references(subject, config, example, key, progress)
-    if subject.run.table.exists():
-        table = LatencyTable.load(subject.run.table, context)
-    else:
-        table = given or _build(subject.cache.table(key), context, options, config.fresh, progress)
-        if table.calibration is None:
-            table = _calibrated(table, subject, config, example, progress)
-            if given is None:
-                table.save(subject.cache.table(key))
+    own = LatencyTable.load(subject.run.table, context) if subject.run.table.exists() else None
+    table = own or given or _build(subject.cache.table(key), context, options, config.fresh, progress)
+    table.require(options)
+    if table.calibration is None:
+        table = _calibrated(table, subject, config, example, progress)
+        if own is None and given is None:
+            table.save(subject.cache.table(key))
+    if table is not own:
         table.save(subject.run.table)
     return Deployer(example, table, references, config.threads)
 
