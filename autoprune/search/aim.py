@@ -1,8 +1,8 @@
 """Where to aim so that the deployed network, not its prediction, meets a latency budget.
 
 A solver that minimises predicted latency picks the rows that were measured a little too fast, so what it proposes
-runs a little slower than predicted. The exact solver's policy is therefore deployed before the search, and the latency budget
-is scaled until that policy's measurement meets the budget as it was given.
+runs a little slower than predicted. The exact solver's policy is therefore deployed before the search, and the
+latency budget is scaled until that policy's measurement meets the budget as it was given.
 """
 
 from __future__ import annotations

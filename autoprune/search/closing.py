@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import platform
+from importlib.metadata import version
+
 from autoprune.core.budget import Budget
 from autoprune.core.choices import Choice, Dense
 from autoprune.core.layers import LayerSpec
-from autoprune.core.result import FidelityPoint, LayerRow, Row, TrialRow
+from autoprune.core.policy import Policy, PolicyFile, model_fingerprint
+from autoprune.core.result import FidelityPoint, LayerRow, Result, Row, TrialRow
 from autoprune.kernels.convert import DeployedModel
 from autoprune.lut.measure import peak_gflops
 from autoprune.lut.table import LatencyTable
+from autoprune.search.context import Context
 from autoprune.search.deploy import layer_times_us
-from autoprune.search.finals import Candidate
+from autoprune.search.finals import Candidate, Finals, meets
 from autoprune.search.study import Study
 
 
@@ -90,3 +95,68 @@ def latency_limit_us(budget: Budget, dense_us: float) -> float | None:
     """Return the latency budget in microseconds, if there is one."""
     limit = budget.limit("latency")
     return None if limit is None else limit.absolute(dense_us)
+
+
+def make_result(
+    context: Context, finals: Finals, rows: list[Candidate], network: DeployedModel, study: Study
+) -> Result:
+    """Return everything about the finished search; ``rows`` hold dense, the chosen policy, then the baselines."""
+    config, deployer = context.config, finals.deployer
+    table, references = deployer.table, deployer.references
+    fit = table.calibration
+    assert fit is not None
+    chosen = rows[1]
+    feasible: list[bool | None] = [None, *(meets(context.budget, row.measured) for row in rows[1:] if row.measured)]
+    met = bool(feasible[1])
+    trial = next(t for t in study.trials if study.problem.named(t.assignment) == dict(chosen.choices))
+    facts = {key: value for key, value in table.context.model_dump().items() if isinstance(value, str | int | float)}
+    return Result(
+        model=context.task.model_name,
+        data=context.task.name,
+        budget=context.budget.text,
+        agent=config.agent,
+        seed=config.seed,
+        met=met,
+        rows=rows_of(rows, feasible),
+        layers=layer_rows(context.layers, chosen, network, table, config.threads),
+        references=references.medians_us,
+        absent_references=references.absent,
+        trials=trial_rows(study, context.layers, table),
+        fidelity=fidelity_points(table),
+        fidelity_mape=fit.mape,
+        fidelity_kendall_tau=fit.kendall_tau,
+        seconds=context.clock.seconds,
+        context={**facts, **_versions()},
+        latency_limit_us=latency_limit_us(context.budget, references.best_us),
+        chosen_trial=trial.number,
+        run=config.name,
+        reason="" if met else "no finalist kept the budget as measured; the nearest one is shown",
+    )
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "numba", "onnxruntime", "optuna", "stable-baselines3")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def make_policy(context: Context, finals: Finals, chosen: Candidate, study: Study) -> Policy:
+    """Return the chosen policy with its provenance."""
+    table = finals.deployer.table
+    facts = table.context.model_dump()
+    record = PolicyFile(
+        model=context.task.model_name,
+        model_fingerprint=model_fingerprint(context.layers),
+        space=context.space.fingerprint,
+        table=table.hash,
+        budget=context.budget.text,
+        choices={name: choice.text for name, choice in chosen.choices.items()},
+        predicted=chosen.predicted,
+        measured=chosen.measured,
+        accuracy=chosen.accuracy,
+        context={key: value for key, value in facts.items() if isinstance(value, str | int | float)},
+        seed=context.config.seed,
+        versions=_versions(),
+        trials=len(study.trials),
+        seconds=sum(context.clock.seconds.values()),
+    )
+    return Policy(dict(chosen.choices), record)

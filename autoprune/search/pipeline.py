@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,60 +10,28 @@ from torch import nn
 from autoprune.core.budget import Budget, parse_budget
 from autoprune.core.choices import Choice
 from autoprune.core.errors import DeviceError
-from autoprune.core.layers import LayerSpec
-from autoprune.core.policy import Accuracy, Policy, PolicyFile, model_fingerprint
+from autoprune.core.policy import Accuracy
 from autoprune.core.progress import Progress, Silent
 from autoprune.core.result import Result
 from autoprune.core.rundir import Cache, RunDir
 from autoprune.envs.problem import Problem
-from autoprune.kernels.convert import DeployedModel
 from autoprune.search.aim import closer, latency_over_budget, open_margin, save_margin
 from autoprune.search.base import SEARCHERS
-from autoprune.search.closing import fidelity_points, latency_limit_us, layer_rows, rows_of, trial_rows
+from autoprune.search.closing import make_policy, make_result
 from autoprune.search.config import BASELINE_EVALUATIONS, DEFAULT_EVALUATIONS, FINALISTS, TOLERANCE, SearchConfig
+from autoprune.search.context import Clock, Context
 from autoprune.search.deploy import Deployer
 from autoprune.search.finals import Candidate, Finals, meets, predicted_cost, save_weights
 from autoprune.search.knapsack import solve_problem
 from autoprune.search.latency import Subject, open_latency
 from autoprune.search.setup import Scored, make_problem, score_choices, worthwhile
 from autoprune.search.study import Study
-from autoprune.search_spaces.space import SearchSpace, load_space
+from autoprune.search_spaces.space import load_space
 from autoprune.search_spaces.trace import trace
 from autoprune.tasks.task import Task, load_task
 
 BASELINES = ("knapsack", "uniform", "random")
 ATTEMPTS = 4
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds spent in each stage of this session."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count what runs inside under ``name``."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-
-@dataclass(slots=True)
-class Context:
-    """What every stage of one search works with; ``deployer`` and its table change when a calibration is refitted."""
-
-    config: SearchConfig
-    budget: Budget
-    run: RunDir
-    cache: Cache
-    task: Task
-    layers: tuple[LayerSpec, ...]
-    space: SearchSpace
-    progress: Progress
-    clock: Clock
 
 
 def run_search(config: SearchConfig, progress: Progress) -> Result:
@@ -140,7 +103,14 @@ def _stages(context: Context) -> Result:
         scored = worthwhile(scored, deployer.table)
     finals, candidates, study = _choose(context, deployer, scored)
     with clock.stage("fine-tune"):
-        result, policy, weights = _finish(context, finals, candidates, study)
+        rows, models = _tune(context, finals, candidates)
+    with clock.stage("verification"):
+        rows, chosen = _verify(context, finals, rows, models)
+    weights = models[chosen.name]
+    rows = [rows[0], replace(chosen, name="chosen"), *(row for row in rows[1:] if not row.finalist)]
+    network = finals.deployer.deploy(weights, chosen.choices)
+    result = make_result(context, finals, rows, network, study)
+    policy = make_policy(context, finals, chosen, study)
     save_weights(weights, context.run.weights)
     policy.save(context.run.policy)
     result.save(context.run.result)
@@ -222,97 +192,36 @@ def _propose(context: Context, study: Study) -> list[tuple[str, str, dict[str, C
     return rows
 
 
-def _finish(
-    context: Context, finals: Finals, candidates: list[Candidate], study: Study
-) -> tuple[Result, Policy, nn.Module]:
-    """Fine-tune every candidate, choose the finalist with the best validation accuracy, and say everything about it."""
+def _tune(
+    context: Context, finals: Finals, candidates: list[Candidate]
+) -> tuple[list[Candidate], dict[str, nn.Module]]:
+    """Return the dense network's row and every candidate's after its fine-tune, and their networks by name."""
     context.progress.stage("fine-tune", len(candidates) * finals.steps)
     tuned, models = finals.tune(candidates)
-    models["dense"] = context.task.model
-    data = context.task.data
     dense = Candidate("dense", "dense", {}, predicted_cost(context.layers, {}, finals.deployer))
-    score = finals.score(context.task.model, dense, data.validation)
+    score = finals.score(context.task.model, dense, context.task.data.validation)
     dense = replace(dense, accuracy=Accuracy(dense=score, pruned=score, tuned=score))
-    context.progress.stage("verification", len(candidates) + 1)
-    rows = finals.time([dense, *tuned], models)
+    return [dense, *tuned], {**models, "dense": context.task.model}
+
+
+def _verify(
+    context: Context, finals: Finals, rows: list[Candidate], models: dict[str, nn.Module]
+) -> tuple[list[Candidate], Candidate]:
+    """Time every row in one interleaved run; return them and the chosen one.
+
+    Chosen is the finalist that keeps the budget with the best validation accuracy; test data comes in afterwards.
+    """
+    context.progress.stage("verification", len(rows))
+    rows = finals.time(rows, models)
     own = [row for row in rows if row.finalist]
     met = [row for row in own if row.measured and meets(context.budget, row.measured)]
     chosen = max(met or own, key=lambda row: (row.accuracy.tuned or 0.0, row.accuracy.pruned or 0.0))
-    model = models[chosen.name]
-    chosen = replace(
-        chosen,
-        name="chosen",
-        accuracy=chosen.accuracy.model_copy(
-            update={
-                "dense": rows[0].accuracy.pruned,
-                "test": finals.score(model, chosen, data.test),
-                "dense_test": finals.score(context.task.model, dense, data.test),
-            }
-        ),
+    test = context.task.data.test
+    accuracy = chosen.accuracy.model_copy(
+        update={
+            "dense": rows[0].accuracy.dense,
+            "test": finals.score(models[chosen.name], chosen, test),
+            "dense_test": finals.score(context.task.model, rows[0], test),
+        }
     )
-    rows = [rows[0], chosen, *(row for row in rows[1:] if not row.finalist)]
-    network = finals.deployer.deploy(model, chosen.choices)
-    result = _result(context, finals, rows, network, study, met=bool(met))
-    return result, _policy(context, finals, chosen, study), model
-
-
-def _result(
-    context: Context, finals: Finals, rows: list[Candidate], network: DeployedModel, study: Study, *, met: bool
-) -> Result:
-    config, deployer = context.config, finals.deployer
-    table, references = deployer.table, deployer.references
-    fit = table.calibration
-    assert fit is not None
-    chosen = rows[1]
-    feasible = [None, *(row.measured is not None and meets(context.budget, row.measured) for row in rows[1:])]
-    assignment = next(t for t in study.trials if study.problem.named(t.assignment) == dict(chosen.choices))
-    facts = {key: value for key, value in table.context.model_dump().items() if isinstance(value, str | int | float)}
-    return Result(
-        model=context.task.model_name,
-        data=context.task.name,
-        budget=context.budget.text,
-        agent=config.agent,
-        seed=config.seed,
-        met=met,
-        rows=rows_of(rows, feasible),
-        layers=layer_rows(context.layers, chosen, network, table, config.threads),
-        references=references.medians_us,
-        absent_references=references.absent,
-        trials=trial_rows(study, context.layers, table),
-        fidelity=fidelity_points(table),
-        fidelity_mape=fit.mape,
-        fidelity_kendall_tau=fit.kendall_tau,
-        seconds=context.clock.seconds,
-        context={**facts, **_versions()},
-        latency_limit_us=latency_limit_us(context.budget, references.best_us),
-        chosen_trial=assignment.number,
-        run=config.name,
-        reason="" if met else "no finalist kept the budget as measured; the nearest one is shown",
-    )
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "numba", "onnxruntime", "optuna", "stable-baselines3")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def _policy(context: Context, finals: Finals, chosen: Candidate, study: Study) -> Policy:
-    table = finals.deployer.table
-    facts = table.context.model_dump()
-    record = PolicyFile(
-        model=context.task.model_name,
-        model_fingerprint=model_fingerprint(context.layers),
-        space=context.space.fingerprint,
-        table=table.hash,
-        budget=context.budget.text,
-        choices={name: choice.text for name, choice in chosen.choices.items()},
-        predicted=chosen.predicted,
-        measured=chosen.measured,
-        accuracy=chosen.accuracy,
-        context={key: value for key, value in facts.items() if isinstance(value, str | int | float)},
-        seed=context.config.seed,
-        versions=_versions(),
-        trials=len(study.trials),
-        seconds=sum(context.clock.seconds.values()),
-    )
-    return Policy(dict(chosen.choices), record)
+    return rows, replace(chosen, accuracy=accuracy)
