@@ -14,7 +14,7 @@ from autoprune.core.policy import Policy
 from autoprune.core.progress import Silent
 from autoprune.core.result import Result
 from autoprune.core.rundir import RunDir
-from autoprune.search.aim import closer, find_margin
+from autoprune.search.aim import AimFiles, closer, find_margin, off_target
 from autoprune.tasks.data import DataSet, Split
 from autoprune.tasks.task import Task, load_task
 
@@ -188,6 +188,25 @@ def test_the_aim_settles_where_the_measurement_meets_the_budget() -> None:
     assert 0.975 <= 1.07 * margin <= 0.998
     assert len(probes) <= 3
     assert closer(1.0, 10.0) == pytest.approx(0.7)
+
+
+def test_a_policy_is_off_target_when_it_misses_or_leaves_much_unused() -> None:
+    assert off_target(1.0, 1.03)
+    assert not off_target(1.0, 1.01)
+    assert off_target(0.9, 0.9)
+    assert not off_target(1.1, 0.5), "the aim cannot be raised further"
+    assert not off_target(1.0, 0.0), "there is no latency budget"
+
+
+def test_the_aim_is_kept_for_the_next_search_and_found_again_when_damaged(tmp_path: Path) -> None:
+    first = AimFiles(tmp_path / "run.json", tmp_path / "kept.json")
+    assert first.load(fresh=False) is None
+    first.save(0.93)
+    second = AimFiles(tmp_path / "other.json", tmp_path / "kept.json")
+    assert second.load(fresh=False) == 0.93
+    assert second.load(fresh=True) is None
+    (tmp_path / "kept.json").write_text("{", encoding="utf-8")
+    assert second.load(fresh=False) is None
 
 
 def test_an_infeasible_lower_aim_keeps_the_last_feasible_one() -> None:

@@ -50,12 +50,13 @@ def build(
     from autoprune.lut.build import build_table
     from autoprune.lut.calibrate import calibrate
     from autoprune.lut.deploy import deployer
+    from autoprune.lut.device import check_device
     from autoprune.lut.table import LatencyTable, current_context
     from autoprune.search_spaces.space import load_space
     from autoprune.search_spaces.trace import trace
     from autoprune.tasks.task import load_task
 
-    _check_device(device)
+    check_device(device)
     settings = {"model": model, "data": data, "space": space, "batch": batch, "threads": threads}
     path = out or _path(run, runs_dir, settings)
     if run is not None:
@@ -112,19 +113,6 @@ def show(
     made = {**made, "batch": table.context.batch, "threads": table.context.threads}
     check_made_with(f"latency table {file}", made, {"batch": batch, "threads": threads, "seed": seed})
     _show(table, file, as_json)
-
-
-def _check_device(device: str) -> None:
-    from autoprune.core.errors import DeviceError
-
-    if device == "cpu":
-        return
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise DeviceError("--device cuda: PyTorch finds no NVIDIA GPU on this machine; use --device cpu.")
-    raise DeviceError(f"--device {device!r}: sparse kernels exist for 'cpu'.")
 
 
 def _path(run: str | None, runs_dir: Path, settings: dict[str, object]) -> Path:

@@ -132,6 +132,8 @@ def fit(points: Sequence[Point]) -> Calibration:
         left_out[index] = a * rows[index] + b
     errors = np.abs(left_out - measured) / measured
     tau = float(kendalltau(left_out, measured).statistic)
+    if not np.isfinite(tau):
+        raise MeasurementError("calibration: every network took the same time; measure again on a quiet machine.")
     return Calibration(
         slope=slope,
         intercept_us=intercept,

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from autoprune.core.budget import Budget
 from autoprune.core.errors import InfeasibleBudget
 from autoprune.core.policy import Cost
 from autoprune.core.rundir import write_text
+from autoprune.search.config import TOLERANCE
 
 # Aim this far below the budget: measurements of one network scatter by about a percent.
 AIM = 0.99
 _ROUNDS = 5
 _NEAR = (0.975, 0.998)
 _RANGE = (0.7, 1.1)
+# Below this fraction of the budget accuracy is given away for speed that nobody asked for.
+_UNUSED = 0.95
 
 
 def latency_over_budget(budget: Budget, measured: Cost) -> float:
@@ -55,22 +59,30 @@ def closer(margin: float, ratio: float) -> float:
     return min(max(margin * AIM / ratio, _RANGE[0]), _RANGE[1])
 
 
-def open_margin(run: Path, kept: Path, *, fresh: bool, probe: Callable[[float], float]) -> float:
-    """Return the factor of an earlier session or search of the same budget, or find it now and keep it."""
-    for path in (run, *(() if fresh else (kept,))):
-        if path.exists():
+def off_target(margin: float, ratio: float) -> bool:
+    """Return whether a policy that measured ``ratio`` of its budget misses it, or leaves much of it unused."""
+    if ratio > 1.0 + TOLERANCE:
+        return True
+    return 0.0 < ratio < _UNUSED and closer(margin, ratio) > 1.01 * margin
+
+
+@dataclass(frozen=True, slots=True)
+class AimFiles:
+    """Where the factor of one budget is kept: in the run, and for later searches of the same budget."""
+
+    run: Path
+    kept: Path
+
+    def load(self, *, fresh: bool) -> float | None:
+        """Return the factor of an earlier session, or (unless ``fresh``) of an earlier search."""
+        for path in (self.run,) if fresh else (self.run, self.kept):
             try:
-                margin = float(json.loads(path.read_text(encoding="utf-8"))["margin"])
+                return float(json.loads(path.read_text(encoding="utf-8"))["margin"])
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # it costs seconds to find again
-            save_margin(run, margin)
-            return margin
-    margin = find_margin(probe)
-    save_margin(kept, margin)
-    save_margin(run, margin)
-    return margin
+                continue  # absent or damaged: it costs seconds to find again
+        return None
 
-
-def save_margin(path: Path, margin: float) -> None:
-    """Store a factor."""
-    write_text(path, json.dumps({"margin": margin}) + "\n")
+    def save(self, margin: float) -> None:
+        """Store a factor."""
+        for path in (self.kept, self.run):
+            write_text(path, json.dumps({"margin": margin}) + "\n")

@@ -9,16 +9,16 @@ from torch import nn
 
 from autoprune.core.budget import Budget, parse_budget
 from autoprune.core.choices import Choice
-from autoprune.core.errors import DeviceError
 from autoprune.core.policy import Accuracy
 from autoprune.core.progress import Progress, Silent
 from autoprune.core.result import Result
 from autoprune.core.rundir import Cache, RunDir
 from autoprune.envs.problem import Problem
-from autoprune.search.aim import closer, latency_over_budget, open_margin, save_margin
+from autoprune.lut.device import check_device
+from autoprune.search.aim import AimFiles, closer, find_margin, latency_over_budget, off_target
 from autoprune.search.base import SEARCHERS
 from autoprune.search.closing import make_policy, make_result
-from autoprune.search.config import BASELINE_EVALUATIONS, DEFAULT_EVALUATIONS, FINALISTS, TOLERANCE, SearchConfig
+from autoprune.search.config import BASELINE_EVALUATIONS, DEFAULT_EVALUATIONS, FINALISTS, SearchConfig
 from autoprune.search.context import Clock, Context
 from autoprune.search.deploy import Deployer
 from autoprune.search.finals import Candidate, Finals, meets, predicted_cost, save_weights
@@ -42,7 +42,7 @@ def run_search(config: SearchConfig, progress: Progress) -> Result:
     """
     budget = parse_budget(config.budget)
     SEARCHERS.get(config.agent)
-    _check_device(config.device)
+    check_device(config.device)
     task = load_task(config.model, config.data, data_dir=config.data_dir)
     return _search(config, budget, task, progress)
 
@@ -60,20 +60,13 @@ def search(
         settings: Further fields of ``SearchConfig``.
     """
     config = replace(SearchConfig(budget=budget), **settings)  # type: ignore[arg-type]
+    parsed = parse_budget(budget)
+    SEARCHERS.get(config.agent)
+    check_device(config.device)
     base = task or load_task(config.model, config.data, data_dir=config.data_dir)
     model_name = config.model if task is None else task.model_name
     own = replace(base, model=model.eval(), model_name=model_name)
-    parsed = parse_budget(budget)
-    SEARCHERS.get(config.agent)
-    _check_device(config.device)
     return _search(replace(config, model=model_name), parsed, own, progress or Silent())
-
-
-def _check_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("--device cuda: PyTorch finds no NVIDIA GPU on this machine; use --device cpu.")
-    if device != "cpu":
-        raise DeviceError(f"--device {device!r}: sparse kernels exist for 'cpu'.")
 
 
 def _search(config: SearchConfig, budget: Budget, task: Task, progress: Progress) -> Result:
@@ -120,11 +113,12 @@ def _stages(context: Context) -> Result:
 
 
 def _choose(context: Context, deployer: Deployer, scored: Scored) -> tuple[Finals, list[Candidate], Study]:
-    """Search until a finalist keeps its budget as measured, aiming lower after each miss."""
+    """Search until a finalist keeps its budget as measured, correcting the aim after each miss."""
     finals = Finals(
         context.task, context.layers, scored.database, deployer, context.run, context.progress, context.config.seed
     )
-    margin = _margin(context, scored, finals)
+    aim = AimFiles(context.run.aim, context.cache.aim(f"{deployer.table.hash}-{context.budget.text}"))
+    margin = _margin(context, scored, finals, aim)
     for attempt in range(ATTEMPTS):
         study = Study(_problem(context, scored, deployer, margin), context.run.study)
         with context.clock.stage("search"):
@@ -137,12 +131,12 @@ def _choose(context: Context, deployer: Deployer, scored: Scored) -> tuple[Final
             context.progress.stage("verification", len(candidates))
             candidates = finals.time(candidates, {c.name: finals.pruned(c) for c in candidates})
         ratio = min(latency_over_budget(context.budget, c.measured) for c in candidates if c.finalist and c.measured)
-        if ratio <= 1.0 + TOLERANCE or attempt == ATTEMPTS - 1:
+        if not off_target(margin, ratio) or attempt == ATTEMPTS - 1:
             return finals, candidates, study
         study.close()
         margin = closer(margin, ratio)
-        save_margin(context.run.aim, margin)
-        context.progress.note(f"measured {ratio - 1.0:.1%} above the budget: aiming lower, searching on")
+        aim.save(margin)
+        context.progress.note(f"measured {ratio:.1%} of the budget: correcting the aim, searching on")
     raise AssertionError("the last attempt returns")
 
 
@@ -151,7 +145,7 @@ def _problem(context: Context, scored: Scored, deployer: Deployer, margin: float
     return make_problem(context.layers, scored, deployer.table, context.budget, dense_us, margin)
 
 
-def _margin(context: Context, scored: Scored, finals: Finals) -> float:
+def _margin(context: Context, scored: Scored, finals: Finals, aim: AimFiles) -> float:
     """Return where to aim, found by deploying the exact solver's policy."""
 
     def probe(margin: float) -> float:
@@ -162,10 +156,13 @@ def _margin(context: Context, scored: Scored, finals: Finals) -> float:
         assert timed.measured is not None
         return latency_over_budget(context.budget, timed.measured)
 
-    context.progress.stage("aim", None)
-    with context.clock.stage("verification"):
-        kept = context.cache.aim(f"{finals.deployer.table.hash}-{context.budget.text}")
-        return open_margin(context.run.aim, kept, fresh=context.config.fresh, probe=probe)
+    known = aim.load(fresh=context.config.fresh)
+    if known is None:
+        context.progress.stage("aim", None)
+        with context.clock.stage("verification"):
+            known = find_margin(probe)
+    aim.save(known)
+    return known
 
 
 def _propose(context: Context, study: Study) -> list[tuple[str, str, dict[str, Choice]]]:
