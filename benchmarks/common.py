@@ -15,8 +15,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def command() -> str:
-    """Return the command that is running, as it is repeated."""
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """Return the command that is running, as it is repeated: without the folder of this machine that holds its runs."""
+    words = list(sys.argv[1:])
+    if "--runs-dir" in words:
+        place = words.index("--runs-dir")
+        del words[place : place + 2]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def today() -> str:

@@ -74,9 +74,7 @@ class Evaluator:
         layers = list(options)
         found: dict[str, np.ndarray] = {}
 
-        def work(part: list[LayerSpec]) -> None:
-            network = copy.deepcopy(self._network)
-            cache = PrefixCache(network.folded, images, [layer.name for layer in part])
+        def work(part: list[LayerSpec], network: StitchedNetwork, cache: PrefixCache) -> None:
             for layer in part:
                 alone = _Alone(network, cache, layer.name, self._database.moments[layer.name], dense_logits)
                 found[layer.name] = np.array([self._single_error(alone, choice) for choice in options[layer]])
@@ -85,8 +83,15 @@ class Evaluator:
                 advance()
 
         workers = torch.get_num_threads()
+        parts = [layers[first::workers] for first in range(workers)]
+        networks = [copy.deepcopy(self._network) for _ in parts]
+        # torch.fx patches every module's call while it traces: no thread may run a network meanwhile.
+        caches = [
+            PrefixCache(network.folded, images, [layer.name for layer in part])
+            for part, network in zip(parts, networks, strict=True)
+        ]
         with side_by_side() as pool:
-            list(pool.map(work, (layers[first::workers] for first in range(workers))))
+            list(pool.map(work, parts, networks, caches))
         return tuple(found[layer.name] for layer in layers)
 
     def _single_error(self, alone: _Alone, choice: Choice) -> float:
