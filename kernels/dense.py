@@ -154,6 +154,8 @@ def _compiled(model: nn.Module, example: Tensor) -> Runner | str:
     x = _format(example, torch.channels_last)
     with _quiet("torch.utils.cpp_extension", "torch._inductor"):  # it warns that there is no CUDA
         # A second batch size would otherwise compile for any batch size, which is slower and fails when frozen.
+        # Forms built before this one in the process count against the compiler's limit of recompilations.
+        torch._dynamo.reset()
         compiled = torch.compile(network, dynamic=False)
 
         def run() -> object:
@@ -172,6 +174,8 @@ def _onnxruntime(model: nn.Module, example: Tensor, threads: int) -> Runner:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Threads that spin on after a run would take cores from whatever is timed beside it; within a run they still spin.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3

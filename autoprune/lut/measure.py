@@ -39,6 +39,8 @@ __all__ = [
 _QUIET = 0.9
 _ALONE = 1.02
 _SAMPLE_US = 200.0
+_REST_S = 0.002
+_SETTLE_NS = 12_000_000
 _MIN_SAMPLES = 5
 _PACKAGES = ("torch", "numba", "onnxruntime")
 
@@ -189,7 +191,7 @@ def measure(cases: Mapping[str, Callable[[], object]], seconds: float, threads: 
         timers: dict[str, Callable[[], float]] = {}
         for name, call in cases.items():
             try:
-                timers[name] = call_timer(call)
+                timers[name] = call_timer(call, threads)
             except Exception as error:
                 raise MeasurementError(f"'{name}' cannot be timed: {type(error).__name__}: {error}") from error
         samples, dropped = sample_rounds(timers, Effort(seconds=seconds, threads=threads))
@@ -203,8 +205,13 @@ def interleaved_us(
     return measure(cases, seconds, threads).samples
 
 
-def call_timer(call: Callable[[], object]) -> Callable[[], float]:
-    """Return a call that takes one sample of ``call``: microseconds a call, over at least 200 µs."""
+def call_timer(call: Callable[[], object], threads: int = 1) -> Callable[[], float]:
+    """Return a call that takes one sample of ``call``: microseconds a call, over at least 200 µs.
+
+    With more than one thread each sample begins with a rest, in which the thread pools of the case before (OpenMP's, our
+    own) stop spinning for more work, and with calls that are not timed, in which the system spreads the threads that
+    wake over the cores. Without either, a case is timed while it shares a core with another one's threads.
+    """
     for _ in range(3):
         start = time.perf_counter_ns()
         call()
@@ -212,8 +219,16 @@ def call_timer(call: Callable[[], object]) -> Callable[[], float]:
     calls = max(1, int(np.ceil(_SAMPLE_US / max(once_us, 0.1))))
     clock = time.perf_counter_ns
 
-    def sample() -> float:
+    def settle() -> None:
+        if threads > 1:
+            time.sleep(_REST_S)
+            start = clock()
+            while clock() - start < _SETTLE_NS:
+                call()
         call()
+
+    def sample() -> float:
+        settle()
         start = clock()
         for _ in range(calls):
             call()

@@ -210,8 +210,11 @@ def _verify(
     """
     context.progress.stage("verification", len(rows))
     rows = finals.time(rows, models)
+    if not _met(context, rows):  # they met it before they were fine-tuned: a miss now is confirmed first
+        context.progress.stage("verification again", len(rows))
+        rows = finals.time(rows, models)
     own = [row for row in rows if row.finalist]
-    met = [row for row in own if row.measured and meets(context.budget, row.measured)]
+    met = _met(context, rows)
     chosen = max(met or own, key=lambda row: (row.accuracy.tuned or 0.0, row.accuracy.pruned or 0.0))
     test = context.task.data.test
     accuracy = chosen.accuracy.model_copy(
@@ -222,3 +225,8 @@ def _verify(
         }
     )
     return rows, replace(chosen, accuracy=accuracy)
+
+
+def _met(context: Context, rows: list[Candidate]) -> list[Candidate]:
+    """Return the finalists that keep the budget as measured."""
+    return [row for row in rows if row.finalist and row.measured and meets(context.budget, row.measured)]
