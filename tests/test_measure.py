@@ -18,7 +18,16 @@ from autoprune.core.choices import Block, Choice, Fine
 from autoprune.core.errors import MeasurementError, PolicyError
 from autoprune.lut import measure as measuring
 from autoprune.lut.bench import COLUMNS, BenchResult, Labels, append_rows, bench, rows
-from autoprune.lut.measure import Effort, Spread, interleaved_us, machine, measure, peak_gflops, sample_rounds
+from autoprune.lut.measure import (
+    Effort,
+    Spread,
+    call_timer,
+    interleaved_us,
+    machine,
+    measure,
+    peak_gflops,
+    sample_rounds,
+)
 
 
 def _spin(us: float) -> Callable[[], None]:
@@ -220,3 +229,19 @@ def test_bench_covers_networks_that_are_no_flat_plan() -> None:
     assert found.deployed.p50 > 0.0
     with pytest.raises(PolicyError, match="no layer 'nosuch'"):
         bench(resnet(), {"nosuch": Fine(keep=0.5)}, torch.randn(1, 1, 12, 12), seconds=0.1, compile=False)
+
+
+def test_with_several_threads_a_sample_begins_with_calls_that_are_not_timed() -> None:
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.001)
+
+    sample = call_timer(call, threads=2)
+    before = calls
+    took_us = sample()
+    # At least 12 ms of settling before the one call that is timed.
+    assert calls - before >= 5
+    assert 900.0 <= took_us <= 20_000.0
