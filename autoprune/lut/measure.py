@@ -208,9 +208,9 @@ def interleaved_us(
 def call_timer(call: Callable[[], object], threads: int = 1) -> Callable[[], float]:
     """Return a call that takes one sample of ``call``: microseconds a call, over at least 200 µs.
 
-    With more than one thread each sample begins with a rest, in which the thread pools of the case before (OpenMP's, our
-    own) stop spinning for more work, and with calls that are not timed, in which the system spreads the threads that
-    wake over the cores. Without either, a case is timed while it shares a core with another one's threads.
+    With more than one thread each sample begins with a rest, in which the thread pools of the case before (OpenMP's,
+    our own) stop spinning for more work, and with calls that are not timed, in which the system spreads the threads
+    that wake over the cores. Without either, a case is timed while it shares a core with another one's threads.
     """
     for _ in range(3):
         start = time.perf_counter_ns()
