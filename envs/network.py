@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.core.errors import ModelError
+from autoprune.tasks.precision import native_dtype
 
 BATCH = 125
 
@@ -29,7 +30,7 @@ class StitchedNetwork:
 
     def __init__(self, model: nn.Module, calibration: Tensor) -> None:
         self._calibration = calibration
-        self._native = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+        self._native = native_dtype()
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._norms = norm_of_each_conv(self.model, calibration[:1])
         self.folded = copy.deepcopy(self.model)

@@ -15,7 +15,7 @@ from autoprune.core.errors import MeasurementError
 from autoprune.core.layers import LayerSpec
 from autoprune.kernels.plan import Plan, build_plan
 from autoprune.lut.build import build_table, images_at_once
-from autoprune.lut.calibrate import calibrate, fit, random_policies, refit
+from autoprune.lut.calibrate import calibrate, fit, random_policies
 from autoprune.lut.deploy import deployer
 from autoprune.lut.table import LatencyTable, Point, Row, current_context
 
@@ -203,24 +203,6 @@ def test_calibration_measures_networks_and_predicts_them() -> None:
 def test_calibration_needs_four_networks() -> None:
     with pytest.raises(MeasurementError, match="give at least 4"):
         calibrate(_rows(), LAYERS, lambda choices: lambda: None, SPACE, seed=0, count=3)
-
-
-def test_refit_follows_the_region_of_interest() -> None:
-    table = _rows().with_calibration(fit(_points(1.0, 0.0)))
-    extra = [Point(rows_us=50.0 + index, measured_us=1.5 * (50.0 + index)) for index in range(4)]
-    plain, focused = refit(table, extra), refit(table, extra, focus_us=75.0)
-    assert plain.calibration is not None
-    assert focused.calibration is not None
-    assert len(focused.calibration.points) == 16
-    wanted = 1.5 * 52.0
-
-    def off(one: LatencyTable) -> float:
-        assert one.calibration is not None
-        return abs(one.calibration.slope * 52.0 + one.calibration.intercept_us - wanted)
-
-    assert off(focused) < off(plain) < off(table)
-    weights = {point.rows_us: point.weight for point in focused.calibration.points}
-    assert weights[300.0] < 0.15 < 0.9 < weights[51.0]
 
 
 def test_real_network_is_built_measured_and_calibrated() -> None:

@@ -15,7 +15,7 @@ from autoprune.core.progress import Silent
 from autoprune.core.result import Result
 from autoprune.core.rundir import RunDir
 from autoprune.search.aim import AimFiles, closer, find_margin, off_target
-from autoprune.tasks.data import DataSet, Split
+from autoprune.tasks.data import DataSet
 from autoprune.tasks.task import Task, load_task
 
 SPACE = """name: small
@@ -33,18 +33,14 @@ rules:
 BUDGET = "latency=80%"
 
 
-def _few(split: Split, count: int) -> Split:
-    return split.take(count)
-
-
 @pytest.fixture(scope="module")
 def task() -> Task:
     full = load_task("resnet20", "fashion-mnist")
     data: DataSet = replace(
         full.data,
-        train=_few(full.data.train, 512),
-        validation=_few(full.data.validation, 500),
-        test=_few(full.data.test, 500),
+        train=full.data.train.take(512),
+        validation=full.data.validation.take(500),
+        test=full.data.test.take(500),
     )
     return replace(full, data=data)
 
@@ -95,7 +91,7 @@ def test_the_written_weights_are_zero_where_the_policy_prunes(result: Result, fo
 
 def test_test_accuracy_is_reported_for_the_chosen_policy_only(result: Result) -> None:
     assert result.row("chosen").accuracy.test is not None
-    assert all(row.accuracy.test is None for row in result.rows if row.name not in ("chosen",))
+    assert all(row.accuracy.test is None for row in result.rows if row.name != "chosen")
 
 
 def test_a_finished_run_is_shown_and_not_searched_again(result: Result, task: Task, folder: Path) -> None:

@@ -20,8 +20,6 @@ from autoprune.lut.table import Calibration, LatencyTable, Point
 
 # Bytes of packed weights held at once: networks of one group are timed in turn, so that drift hits all alike.
 _GROUP_BYTES = 1 << 30
-_FOCUS_WIDTH = 0.25
-_FOCUS_FLOOR = 0.1
 
 
 def calibrate(
@@ -87,27 +85,6 @@ def random_policies(
             policy[name] = choices[round(float(rank) * (len(choices) - 1))]
         policies.append(policy)
     return policies
-
-
-def refit(table: LatencyTable, extra: Sequence[Point], focus_us: float | None = None) -> LatencyTable:
-    """Return the table calibrated again with more networks.
-
-    Args:
-        table: Its calibration's points are kept.
-        extra: Networks timed since.
-        focus_us: Latency of interest; networks near it weigh most, those far away a tenth.
-    """
-    known = table.calibration.points if table.calibration is not None else ()
-    points = [_focused(point, focus_us) for point in (*known, *extra)]
-    return table.with_calibration(fit(points))
-
-
-def _focused(point: Point, focus_us: float | None) -> Point:
-    if focus_us is None:
-        return point.model_copy(update={"weight": 1.0})
-    distance = np.log(point.measured_us / focus_us) / _FOCUS_WIDTH
-    weight = _FOCUS_FLOOR + (1.0 - _FOCUS_FLOOR) * float(np.exp(-0.5 * distance**2))
-    return point.model_copy(update={"weight": weight})
 
 
 def fit(points: Sequence[Point]) -> Calibration:

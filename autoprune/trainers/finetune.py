@@ -7,7 +7,7 @@ network", arXiv 1503.02531): on a few thousand images they say more than the lab
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class FinetuneRecipe:
     distill: float = 0.9
     temperature: float = 4.0
     shift: int = 2
-    precision: Precision = "bf16" if native_precision() == "bf16" else "fp32"
+    precision: Precision = field(default_factory=native_precision)
 
 
 def finetune(

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from autoprune.tasks.precision import native_dtype
+
 Precision = Literal["bf16", "fp32"]
 
 
@@ -39,8 +41,8 @@ class Recipe:
 
 
 def native_precision() -> Precision:
-    """Return ``bf16`` where the CPU multiplies bfloat16 natively, ``fp32`` elsewhere (emulation is slower)."""
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    """Return the name of ``native_dtype``."""
+    return "bf16" if native_dtype() == torch.bfloat16 else "fp32"
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
