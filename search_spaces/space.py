@@ -100,8 +100,27 @@ class _CombinedGrid(_Grid):
     fraction: Fractions = [0.8]
 
 
+class _NMGrid(_Grid):
+    kind: Literal["nm"]
+    n: Counts
+    m: Counts
+
+
+class _ChannelsGrid(_Grid):
+    kind: Literal["channels"]
+    keep: Fractions
+
+
 _AnyGrid: TypeAlias = Annotated[
-    _DenseGrid | _BlockGrid | _PatternGrid | _FineGrid | _CKGrid | _WindowGrid | _CombinedGrid,
+    _DenseGrid
+    | _BlockGrid
+    | _PatternGrid
+    | _FineGrid
+    | _CKGrid
+    | _WindowGrid
+    | _CombinedGrid
+    | _NMGrid
+    | _ChannelsGrid,
     Field(discriminator="kind"),
 ]
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from autoprune.core.choices import (
     CHOICE_KINDS,
     CK,
+    NM,
     Block,
+    Channels,
     Choice,
     Combined,
     Dense,
@@ -23,7 +25,7 @@ from autoprune.core.choices import (
 from autoprune.core.errors import AutopruneError, ChoiceError, UnknownName
 from autoprune.core.layers import LayerSpec
 
-_FRACTIONS = st.floats(min_value=0.0, max_value=1.0, exclude_min=True)
+_FRACTIONS = st.floats(min_value=1e-6, max_value=1.0)
 _CHOICES: st.SearchStrategy[Choice] = st.one_of(
     st.just(Dense()),
     st.builds(Block, keep=_FRACTIONS, filters=st.sampled_from([16, 32])),
@@ -38,6 +40,8 @@ _CHOICES: st.SearchStrategy[Choice] = st.one_of(
     st.builds(CK, keep=_FRACTIONS),
     st.builds(Window, entries=st.integers(1, 49)),
     st.builds(Combined, keep=_FRACTIONS, fraction=_FRACTIONS),
+    st.integers(2, 32).flatmap(lambda m: st.builds(NM, n=st.integers(1, m - 1), m=st.just(m))),
+    st.builds(Channels, keep=_FRACTIONS),
 )
 _CONV = LayerSpec("conv", "conv", (32, 16, 3, 3), padding=(1, 1), input_hw=(14, 14), output_hw=(14, 14))
 _ONE_BY_ONE = LayerSpec("down", "conv", (32, 16, 1, 1), input_hw=(14, 14), output_hw=(14, 14))
@@ -59,7 +63,7 @@ def test_density_of_a_fitting_choice_is_a_kept_fraction(choice: Choice) -> None:
 
 
 def test_every_kind_is_covered_by_the_property_tests() -> None:
-    covered = {Dense, Block, Pattern, Fine, CK, Window, Combined}
+    covered = {Dense, Block, Pattern, Fine, CK, Window, Combined, NM, Channels}
     assert set(CHOICE_KINDS.values()) == covered
 
 
@@ -76,6 +80,9 @@ def test_every_kind_is_covered_by_the_property_tests() -> None:
         (Window(entries=2), {"conv"}),
         (Window(entries=9), set()),
         (Combined(keep=0.2), {"conv"}),
+        (NM(n=2, m=4), {"conv", "down", "fc"}),
+        (NM(n=2, m=32), {"fc"}),
+        (Channels(keep=0.5), {"conv", "down", "fc"}),
     ],
 )
 def test_layers_that_can_take_a_choice(choice: Choice, taken_by: set[str]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autoprune.core.choices import CK, Block, Choice, Combined, Dense, Fine, Pattern, Window, parse_choice
+from autoprune.core.choices import CK, NM, Block, Channels, Choice, Combined, Dense, Fine, Pattern, Window, parse_choice
 from autoprune.core.errors import ChoiceError
 from autoprune.sparsity.masks import make_mask
 from autoprune.sparsity.ranking import kept_count, top_mask
@@ -198,6 +198,26 @@ def test_balanced_masks_keep_equally_many_in_every_filter(text: str) -> None:
     assert (counts == counts[0]).all()
     uneven = make_mask(weight, parse_choice(text)).flatten(1).sum(1)
     assert (uneven != uneven[0]).any()
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 3, 3), (5, 16)])
+def test_nm_keeps_the_n_largest_of_every_m_consecutive_input_channels(shape: tuple[int, ...]) -> None:
+    weight = weight_of(shape)
+    mask = make_mask(weight, NM(n=2, m=4)).reshape(shape[0], shape[1], -1)
+    groups = mask.unfold(1, 4, 4)
+    assert (groups.sum(-1) == 2).all()
+    size = weight.abs().reshape(shape[0], shape[1], -1).unfold(1, 4, 4)
+    assert (size.masked_fill(~groups, math.inf).amin(-1) >= size.masked_fill(groups, 0.0).amax(-1)).all()
+
+
+def test_channels_keep_whole_filters_with_the_largest_sums() -> None:
+    weight = weight_of((33, 5, 3, 3))
+    mask = make_mask(weight, Channels(keep=0.5))
+    kept = mask.flatten(1)
+    assert (kept.all(1) == kept.any(1)).all()
+    assert int(kept.all(1).sum()) == Channels(keep=0.5).width(33) == 17
+    size = weight.abs().sum((1, 2, 3))
+    assert size[kept.all(1)].min() >= size[~kept.all(1)].max()
 
 
 def test_score_decides_instead_of_magnitude() -> None:

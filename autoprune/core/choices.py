@@ -211,8 +211,58 @@ class Combined(Choice):
         return layer.groups == 1 and layer.op == "conv" and math.prod(layer.window) > 1
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class NM(Choice):
+    """N of every M consecutive input channels (at one filter and window position) keep their weight; 2:4 is usual.
+
+    Attributes:
+        n: Weights kept in a group.
+        m: Size of a group; divides the layer's input channels.
+    """
+
+    kind: ClassVar[str] = "nm"
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m <= 32:
+            raise ChoiceError(f"nm(n={self.n},m={self.m}): allowed are 1 <= n < m <= 32.")
+
+    def density(self, layer: LayerSpec) -> float:
+        return self.n / self.m
+
+    def fits(self, layer: LayerSpec) -> bool:
+        return layer.groups == 1 and layer.channels % self.m == 0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Channels(Choice):
+    """Whole filters: ``keep`` of the layer's output channels stay, and what reads the others is removed with them.
+
+    The width that results is ``Channels.width``; layers that are coupled (residual adds, concatenations) must keep
+    the same filters.
+    """
+
+    kind: ClassVar[str] = "channels"
+    keep: float
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, "keep")
+
+    def width(self, filters: int) -> int:
+        """Return how many of ``filters`` stay: what is removed is rounded down, and at least one stays."""
+        return min(filters, max(1, filters - math.floor((1.0 - self.keep) * filters + 1e-6)))
+
+    def density(self, layer: LayerSpec) -> float:
+        return self.width(layer.filters) / layer.filters
+
+    @property
+    def kernel(self) -> Kernel:
+        return "channels"
+
+
 CHOICE_KINDS: dict[str, type[Choice]] = {
-    cls.kind: cls for cls in (Dense, Block, Pattern, Fine, CK, Window, Combined)
+    cls.kind: cls for cls in (Dense, Block, Pattern, Fine, CK, Window, Combined, NM, Channels)
 }
 
 _CALL = re.compile(r"^\s*([a-z_]+)\s*(?:\((.*)\))?\s*$")

@@ -4,7 +4,8 @@ Shapes: conv weight ``KCRS`` (filters, channels, window rows, window columns), l
 ``KCRS`` with a 1×1 window. P = R·S positions of a window. B, D = number of filter and channel groups of a shared mask.
 
 Every kind removes whole *units*: single weights (fine), blocks of filters at one position (block), share groups
-(pattern), kernels (ck, combined), entries of each window (window). The number removed is the nominal number rounded
+(pattern), kernels (ck, combined), entries of each window (window) or of each group of input channels (nm), filters
+(channels). The number removed is the nominal number rounded
 down, so the count that stays never falls short of the nominal one, and at least one unit stays. Of equal scores the
 lower index stays. The score of a unit is the mean over its real weights, which ranks as the sum does and lets a short
 last group (33 filters in blocks of 16) compete fairly.
@@ -19,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from autoprune.core.choices import CK, Block, Choice, Combined, Dense, Fine, Pattern, Window
+from autoprune.core.choices import CK, NM, Block, Channels, Choice, Combined, Dense, Fine, Pattern, Window
 from autoprune.core.errors import ChoiceError
 from autoprune.sparsity.patterns import make_pool, select_patterns
 from autoprune.sparsity.ranking import kept_count, top_mask
@@ -34,7 +35,7 @@ class Target:
 
     Attributes:
         units: Weights, blocks, share groups or kernels kept in the layer, or in each filter (group) when balanced.
-        entries: Weights kept in each window; only for pattern, window and combined.
+        entries: Weights kept in each window (pattern, window and combined) or in each group of m (nm).
     """
 
     units: int
@@ -95,6 +96,10 @@ def target_of(weight: Tensor, choice: Choice, balance: Balance = "layer") -> Tar
     if isinstance(choice, Combined):
         entries = kept_count(p, 1.0 - choice.fraction * (1.0 - choice.keep))
         return Target(kept_count(k * c, min(1.0, choice.keep * p / entries)), entries)
+    if isinstance(choice, NM):
+        return Target(k * c * p, choice.n)
+    if isinstance(choice, Channels):
+        return Target(choice.width(int(weight.shape[0])))
     return Target(k * c * p)
 
 
@@ -138,6 +143,10 @@ def project(
         windowed_KCP = score_KCP.masked_fill(~window_KCP, 0.0)
         value_KC = _kernel_scores(windowed_KCP, kernel_score).masked_fill(score_KCP.amax(-1) < 0, -1.0)
         mask = window_KCP & _best(value_KC, target.units, balance)[..., None]
+    elif isinstance(choice, NM):
+        mask = _n_of_m(score_KCP, choice.m, target.entries)
+    elif isinstance(choice, Channels):
+        mask = top_mask(score_KCP.sum((1, 2))[None], target.units)[0, :, None, None].expand_as(score_KCP)
     else:
         raise ChoiceError(f"no mask rule for choice '{choice.text}'.")
     return mask.reshape(score.shape).contiguous()
@@ -214,6 +223,8 @@ def check_weight(weight: Tensor, choice: Choice) -> None:
     needs_window = isinstance(choice, (Pattern, CK, Window, Combined))
     if isinstance(choice, Pattern) and window != (3, 3):
         raise ChoiceError(f"choice '{choice.text}': needs a 3x3 window, the weight is {shape}.")
+    if isinstance(choice, NM) and shape[1] % choice.m:
+        raise ChoiceError(f"choice '{choice.text}': input channels must be a multiple of {choice.m}, not {shape[1]}.")
     if needs_window and math.prod(window) == 1:
         raise ChoiceError(f"choice '{choice.text}': needs a window above 1x1, the weight is {shape}.")
 
@@ -246,6 +257,12 @@ def _pattern(score_KCP: Tensor, choice: Pattern, patterns_BDP: Tensor, target: T
     if target.entries > choice.entries:
         inside_BDP = top_mask(group_BDP.masked_fill(patterns_BDP, math.inf), target.entries)
     return spread(inside_BDP & alive_BD[..., None], choice.share, (score_KCP.shape[0], score_KCP.shape[1]))
+
+
+def _n_of_m(score_KCP: Tensor, m: int, n: int) -> Tensor:
+    k, c, p = score_KCP.shape
+    groups = score_KCP.reshape(k, c // m, m, p).transpose(2, 3)
+    return top_mask(groups, n).transpose(2, 3).reshape(k, c, p)
 
 
 def _kernel_scores(score_KCP: Tensor, kernel_score: KernelScore) -> Tensor:
