@@ -1,0 +1,1 @@
+"""Sparse kernels for NVIDIA GPUs, written in Triton."""
