@@ -120,7 +120,7 @@ def compile_config(config: Config, dtype: torch.dtype, arch: int) -> Resources:
 def _warm(config: Config, dtype: torch.dtype) -> Any:
     size = 1 << 10  # sizes are not specialised on
     tile = {"BM": config.bm, "BN": config.bn, "BK": config.bk}
-    meta = {**tile, "num_warps": config.warps, "num_stages": config.stages, "grid": (1,)}
+    meta = {**tile, **config.options, "grid": (1,)}
     if config.kind == "forward":
         from autoprune.kernels.triton.ell import ell_forward
 

@@ -18,7 +18,8 @@ from autoprune.kernels.formats.ell import Tile
 from autoprune.kernels.triton.shapes import cdiv, refusal
 
 Kind = Literal["forward", "dweight"]
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Said outright: Triton 3.9 warns where it is left open, and its default changes in 3.10.
+COMPILER: dict[str, bool] = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -43,6 +44,11 @@ class Config:
     def fits(self, tile: Tile) -> bool:
         """Return whether it can run on a pack of this tile."""
         return self.bn == tile.filters and (self.kind == "dweight" or self.bk == tile.depth)
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Keyword arguments of a launch besides the kernel's own."""
+        return {"num_warps": self.warps, "num_stages": self.stages, **COMPILER}
 
     @property
     def text(self) -> str:

@@ -40,8 +40,8 @@ def tap_offset8(code, x_h8, x_w8):  # type: ignore[no-untyped-def]
 
 @triton.jit(
     do_not_specialize=[
-        "pixels", "last", "out_h", "out_w", "filters", "k8", "steps", "tiles", "x_n8", "x_h8", "x_w8", "pixel_h8", "pixel_w8",
-        "res_n8", "res_h8", "res_w8", "out_n8", "out_h8", "out_w8", "ring_h", "ring_w",
+        "pixels", "last", "out_h", "out_w", "filters", "k8", "steps", "tiles",
+        "x_n8", "x_h8", "x_w8", "pixel_h8", "pixel_w8", "res_n8", "res_h8", "res_w8", "out_n8", "out_h8", "out_w8", "ring_h", "ring_w",
     ]
 )  # fmt: skip
 def ell_forward(  # type: ignore[no-untyped-def]
@@ -185,5 +185,5 @@ def launch_forward(
             image, row, column, shape.stride[0] * row, shape.stride[1] * column,
             *residual, *(s // GROUP for s in out_NHWC.stride()[:3]), *shape.ring,
             RELU=shape.relu, BM=config.bm, BN=config.bn, BK=config.bk,
-            num_warps=config.warps, num_stages=config.stages,
+            **config.options,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from autoprune.kernels.formats.ell import GROUP, PADDING
-from autoprune.kernels.triton.configs import Config, pixel_parts
+from autoprune.kernels.triton.configs import COMPILER, Config, pixel_parts
 from autoprune.kernels.triton.ell import check_size, on_device, strides8, tap_offset8
 from autoprune.kernels.triton.shapes import EllShape, cdiv
 
@@ -80,8 +80,10 @@ def ell_reduce(workspace, groups, out, total, parts, BN: tl.constexpr, BLOCK: tl
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < total
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    for part in range(0, parts):
-        acc += tl.load(workspace + part.to(tl.int64) * total + place, mask=inside, other=0.0)
+    source = workspace + place
+    for _ in range(0, parts):
+        acc += tl.load(source, mask=inside, other=0.0)
+        source += total
     code = tl.load(groups + place // (8 * BN), mask=inside, other=0)
     acc = tl.where(code < _PADDING, acc, 0.0)
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
@@ -118,9 +120,9 @@ def launch_dweight(
             x_NHWC, dy_NHWC, groups, workspace,
             pixels, out_h, out_w, filters // GROUP, list8, tiles, row_blocks, turns,
             row, column, image, shape.stride[0] * row, shape.stride[1] * column, *steps_nhw,
-            BM=config.bm, BN=config.bn, BK=config.bk, num_warps=config.warps, num_stages=config.stages,
+            BM=config.bm, BN=config.bn, BK=config.bk, **config.options,
         )  # fmt: skip
         ell_reduce[(cdiv(total, _REDUCE_BLOCK),)](
-            workspace, groups, gradient, total, parts, BN=config.bn, BLOCK=_REDUCE_BLOCK, num_warps=4
+            workspace, groups, gradient, total, parts, BN=config.bn, BLOCK=_REDUCE_BLOCK, **COMPILER
         )
     return gradient

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -35,13 +35,13 @@ class ELLOptions:
         launch: Configurations; defaults by shape where None.
     """
 
-    tile: Tile = Tile()
+    tile: Tile = field(default_factory=Tile)
     master: Master = "frozen"
     norm: nn.BatchNorm2d | None = None
     relu: bool = False
     ring: tuple[int, int] = (0, 0)
     prepadded: bool = False
-    launch: Launch = Launch()
+    launch: Launch = field(default_factory=Launch)
 
 
 class ELLConv2d(nn.Module):

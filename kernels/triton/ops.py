@@ -232,7 +232,7 @@ def _conv_backward_fake(
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, groups, bias, residual, backward, settings = inputs
+    x, weight, groups, bias, _, backward, settings = inputs
     ctx.settings, ctx.extra = settings, len(backward)
     ctx.bias_dtype = None if bias is None else bias.dtype
     relu = EllShape.read(settings).relu
