@@ -23,8 +23,9 @@ from autoprune.kernels.triton.configs import (
     default_config,
     default_tile,
 )
+from autoprune.kernels.triton.convolution import ELLLayout, ell_conv2d
 from autoprune.kernels.triton.layers import ELLConv2d, ELLOptions
-from autoprune.kernels.triton.ops import ELLLayout, ell_conv, ell_conv2d, ell_pad, ell_repack
+from autoprune.kernels.triton.ops import ell_conv, ell_pad, ell_repack
 from autoprune.kernels.triton.shapes import EllShape
 
 _TILE = Tile(32, 32)

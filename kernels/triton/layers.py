@@ -12,7 +12,8 @@ from autoprune.core.errors import ModelError
 from autoprune.kernels.fold import fold_norm
 from autoprune.kernels.formats.ell import BlockELL, Tile
 from autoprune.kernels.triton.configs import Launch
-from autoprune.kernels.triton.ops import ELLLayout, ell_conv2d, ell_repack
+from autoprune.kernels.triton.convolution import ELLLayout, ell_conv2d
+from autoprune.kernels.triton.ops import ell_repack
 from autoprune.kernels.triton.shapes import EllShape
 
 Master = Literal["packed", "dense", "frozen"]
@@ -133,7 +134,8 @@ class ELLConv2d(nn.Module):
     def packed_weight(self) -> Tensor:
         """Return the weight as the kernel reads it, (tiles, steps, BK, BN); gradients flow through."""
         if self.gather is not None and self.scatter is not None:
-            return ell_repack(self.weight, self.gather, self.scatter)
+            packed: Tensor = ell_repack(self.weight, self.gather, self.scatter)
+            return packed
         # Pruned places inside a shared group would get a gradient, and come to life.
         return self.weight if self.keep is None else self.weight * self.keep
 
