@@ -20,6 +20,7 @@ from autoprune.kernels.dispatch import CPU, Place, decide, ell_density, kernels_
 from autoprune.kernels.gpu import GpuModel
 from autoprune.kernels.nested import layers_by_hooks
 from autoprune.kernels.semi_structured import SemiStructuredLayer
+from autoprune.kernels.triton.layers import ELLConv2d
 from autoprune.kernels.triton.spmm_layers import SparseConv2d, SparseLinear
 from autoprune.lut.deploy import masked_copy
 from autoprune.sparsity.masks import make_mask
@@ -177,17 +178,33 @@ def _assert_close(deployed: DeployedModel, masked: nn.Module, x: Tensor, toleran
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("choice", [Fine(keep=0.2), TRUE, CK(keep=0.4), NM(n=2, m=4)], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "choice"),
+    [
+        ("spmm", Fine(keep=0.2)),
+        ("spmm", TRUE),
+        ("spmm", CK(keep=0.4)),
+        ("spmm", NM(n=2, m=4)),
+        ("ell", Pattern(count=8, entries=4, kernels=0.5, share=(16, 8))),
+        ("ell", Block(keep=0.01)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["resnet", "functional", "tokens", "depthwise", "perceptron"])
-def test_network_for_a_gpu_gives_the_masked_networks_outputs(name: str, choice: Choice, dtype: torch.dtype) -> None:
+def test_network_for_a_gpu_gives_the_masked_networks_outputs(
+    name: str, kernel: str, choice: Choice, dtype: torch.dtype
+) -> None:
     make, shape = {**PLANNED, **NESTED}[name]
     model, x = make(), _inputs(2, shape)
     choices = _choices(model, choice, x)
     masked = masked_copy(model, choices)
-    deployed = deploy_on(torch.device("cpu"), masked, choices, x, _Always("spmm"), dtype)
+    deployed = deploy_on(torch.device("cpu"), masked, choices, x, _Always(kernel), dtype)
     assert isinstance(deployed, GpuModel)
-    replaced = {name for name, m in deployed.network.named_modules() if isinstance(m, SparseConv2d | SparseLinear)}
-    assert replaced == {layer for layer, _, kernel, _ in deployed.explain() if kernel == "spmm"} == set(choices)
+    kinds = (SparseConv2d, SparseLinear) if kernel == "spmm" else (ELLConv2d,)
+    replaced = {name for name, module in deployed.network.named_modules() if isinstance(module, kinds)}
+    assert replaced == {layer for layer, _, found, _ in deployed.explain() if found == kernel}
+    served = {n for n, c in choices.items() if kernel == "spmm" or isinstance(model.get_submodule(n), nn.Conv2d)}
+    assert replaced == served
     for batch in (2, 3):
         _assert_close(deployed, masked, _inputs(batch, shape), 1e-4 if dtype == torch.float32 else 5e-2)
 
@@ -200,6 +217,17 @@ def test_network_for_a_gpu_without_rows_stays_dense_where_nothing_pays() -> None
     assert (told["layer1.0.conv1"], told["layer2.0.conv1"]) == ("dense", "spmm")
     assert deployed.example.dtype == torch.bfloat16
     assert len(deployed.time_us(2)) == 2
+
+
+def test_code_that_flattens_by_view_runs_on_contiguous_maps() -> None:
+    make, shape = PLANNED["functional"]
+    model, x = make(), _inputs(2, shape)
+    choices: dict[str, Choice] = {"second": Block(keep=0.01)}
+    masked = masked_copy(model, choices)
+    deployed = deploy_on(torch.device("cpu"), masked, choices, x, _Always("ell"), torch.float32)
+    assert deployed.memory_format == torch.contiguous_format
+    _assert_close(deployed, masked, x, 1e-4)
+    assert deploy_on(torch.device("cpu"), resnet(), {}, _inputs(1, (1, 12, 12))).memory_format == torch.channels_last
 
 
 class _Head(nn.Module):

@@ -83,7 +83,7 @@ class FKW:
         """Bytes of patterns (a bit a weight, in whole bytes), order, pointers, strides, channels and values."""
         pools = len(self.patterns) * -(-self.patterns.shape[1] // 8)
         arrays = (self.order, self.row_ptr, self.stride, self.channels, self.values)
-        return pools + sum(array.nbytes for array in arrays)
+        return int(pools + sum(array.nbytes for array in arrays))
 
     @property
     def row_lengths(self) -> npt.NDArray[np.int64]:
@@ -103,7 +103,7 @@ class FKW:
         window = self.patterns.shape[1]
         counts = np.diff(self.stride.astype(np.int64), axis=1)
         pattern = np.repeat(np.tile(np.arange(len(self.patterns)), self.shape[0]), counts.ravel())
-        filters = np.repeat(self.order.astype(np.int64), np.diff(self.row_ptr))
+        filters = np.repeat(self.order.astype(np.int64), np.diff(self.row_ptr.astype(np.int64)))
         kernel, tap = np.nonzero(self.patterns[pattern])
         index: npt.NDArray[np.int64] = (
             filters[kernel] * self.shape[1] + self.channels.astype(np.int64)[kernel]
