@@ -16,7 +16,7 @@ from autoprune.kernels.dispatch import Decision
 from autoprune.kernels.formats.ell import BlockELL, Tile
 from autoprune.kernels.plan_ops import padding_of
 from autoprune.kernels.semi_structured import SemiStructuredLayer
-from autoprune.kernels.triton.configs import candidates
+from autoprune.kernels.triton.configs import Launch, all_configs, candidates
 from autoprune.kernels.triton.layers import ELLConv2d, ELLOptions
 from autoprune.kernels.triton.spmm_layers import SparseConv2d, SparseLinear
 
@@ -113,7 +113,8 @@ def build_gpu(
         if decision.kernel in _LAYERS:
             if isinstance(source, nn.Conv2d):
                 source.padding = padding_of(source) or (0, 0)  # numbers for padding='same'
-            layer = _LAYERS[decision.kernel](source, spec, example.shape[0]).requires_grad_(False).eval()
+            layer = _LAYERS[decision.kernel](source, spec, example.shape[0], decision.config)
+            layer.requires_grad_(False).eval()
             if memory_format != torch.channels_last:
                 layer.register_forward_hook(_contiguous)
             network.set_submodule(decision.layer, layer)
@@ -141,26 +142,32 @@ def _contiguous(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) ->
     return output.contiguous()
 
 
-def _spmm(source: nn.Conv2d | nn.Linear, layer: LayerSpec, batch: int) -> nn.Module:
-    return SparseConv2d(source) if isinstance(source, nn.Conv2d) else SparseLinear(source)
+def _spmm(source: nn.Conv2d | nn.Linear, layer: LayerSpec, batch: int, config: str) -> nn.Module:
+    module = SparseConv2d(source) if isinstance(source, nn.Conv2d) else SparseLinear(source)
+    module.config = config
+    return module
 
 
-def _semi(source: nn.Conv2d | nn.Linear, layer: LayerSpec, batch: int) -> nn.Module:
+def _semi(source: nn.Conv2d | nn.Linear, layer: LayerSpec, batch: int, config: str) -> nn.Module:
     return SemiStructuredLayer(source)
 
 
-def _ell(source: nn.Conv2d | nn.Linear, layer: LayerSpec, batch: int) -> nn.Module:
+def _ell(source: nn.Conv2d | nn.Linear, layer: LayerSpec, batch: int, config: str) -> nn.Module:
     assert isinstance(source, nn.Conv2d)
-    # The tile that suits the size best, unless its filters share too little: it multiplies what any of them keeps.
     configs = candidates(layer, batch, source.weight.dtype)
-    tiles = dict.fromkeys(Tile(config.bn, config.bk) for config in configs)
+    measured = next((known for known in all_configs(source.weight.dtype) if known.text == config), None)
+    if measured is not None:
+        tile = Tile(measured.bn, measured.bk)
+        return ELLConv2d.from_conv(source, options=ELLOptions(tile=tile, launch=Launch(forward=measured)))
+    # The tile that suits the size best, unless its filters share too little: it multiplies what any of them keeps.
+    tiles = dict.fromkeys(Tile(known.bn, known.bk) for known in configs)
     density = {tile: BlockELL.pack(source.weight, tile=tile).density for tile in tiles}
     tile = next(tile for tile in tiles if density[tile] <= _SLACK * min(density.values()))
     return ELLConv2d.from_conv(source, options=ELLOptions(tile=tile))
 
 
 _SLACK = 1.1
-_LAYERS: dict[str, Callable[[nn.Conv2d | nn.Linear, LayerSpec, int], nn.Module]] = {
+_LAYERS: dict[str, Callable[[nn.Conv2d | nn.Linear, LayerSpec, int, str], nn.Module]] = {
     "ell": _ell,
     "spmm": _spmm,
     "semi": _semi,
