@@ -83,25 +83,27 @@ class Blocked:
         return dense.reshape(groups * self.block, c, r, s)[:k]
 
     @property
-    def size_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of pointers, positions and values."""
         return self.row_ptr.nbytes + self.positions.nbytes + self.values.nbytes
 
-    @property
     def gather_index(self) -> npt.NDArray[np.int64]:
-        """Index into the flat KCRS weight of every value, (blocks, block); -1 for the zero filters of a short group."""
+        """Return the place in the flat KCRS weight of every value, (blocks, block).
+
+        The zero filters of a short last group have the number of weights, one past the end.
+        """
         columns = int(np.prod(self.shape[1:]))
         group = np.repeat(np.arange(len(self.row_ptr) - 1), np.diff(self.row_ptr))
         filters = group[:, None] * self.block + np.arange(self.block)
         index: npt.NDArray[np.int64] = np.where(
-            filters < self.shape[0], filters * columns + self.positions[:, None], -1
+            filters < self.shape[0], filters * columns + self.positions[:, None], self.shape[0] * columns
         ).astype(np.int64)
         return index
 
-    def refill(self, weight_KCRS: npt.NDArray[np.float32]) -> Self:
+    def with_weight(self, weight_KCRS: npt.NDArray[np.float32]) -> Self:
         """Return the same blocks with the values of another weight, by one gather."""
         values = aligned(self.values.shape, np.float32)
-        values[:] = gather(weight_KCRS, self.gather_index)
+        values[:] = gather(weight_KCRS, self.gather_index())
         return replace(self, values=values)
 
     def transpose(self) -> Self:
@@ -146,23 +148,22 @@ class CSR:
         return flat.reshape(k, c, r, s)
 
     @property
-    def size_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of pointers, positions and values."""
         return self.row_ptr.nbytes + self.positions.nbytes + self.values.nbytes
 
-    @property
     def gather_index(self) -> npt.NDArray[np.int64]:
-        """Index into the flat KCRS weight of every entry, (entries)."""
+        """Return the place in the flat KCRS weight of every entry, (entries)."""
         row = np.repeat(np.arange(self.shape[0], dtype=np.int64), np.diff(self.row_ptr))
         return row * int(np.prod(self.shape[1:])) + self.positions
 
-    def refill(self, weight_KCRS: npt.NDArray[np.float32]) -> Self:
+    def with_weight(self, weight_KCRS: npt.NDArray[np.float32]) -> Self:
         """Return the same entries with the values of another weight, by one gather."""
-        return replace(self, values=gather(weight_KCRS, self.gather_index))
+        return replace(self, values=gather(weight_KCRS, self.gather_index()))
 
     def transpose(self) -> Self:
         """Return the input gradient's weight, (C, K, R, S) with turned windows; kept zeros stay kept."""
-        mask = transposed_weight(kept_mask(self.shape, self.gather_index))
+        mask = transposed_weight(kept_mask(self.shape, self.gather_index()))
         return type(self).pack(transposed_weight(self.unpack()), mask)  # type: ignore[arg-type]
 
     def rows(self) -> SparseRows:
@@ -172,4 +173,4 @@ class CSR:
         starts = np.repeat(self.row_ptr[:-1][order], lengths[order])
         first = np.repeat(np.cumsum(lengths[order]) - lengths[order], lengths[order])
         entries = starts + np.arange(len(first)) - first
-        return SparseRows.make(self.shape, order, lengths[order], self.gather_index[entries])
+        return SparseRows.make(self.shape, order, lengths[order], self.gather_index()[entries])

@@ -10,6 +10,7 @@ arrays take the narrowest integers that hold them.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -69,16 +70,16 @@ class FKW:
             channels.astype(np.min_scalar_type(max(c - 1, 0))),
             np.zeros(int(patterns[pattern_KC[filters, channels]].sum()), np.float32),
         )
-        return packed.refill(weight_KCRS)
+        return packed.with_weight(weight_KCRS)
 
     def unpack(self) -> npt.NDArray[np.float32]:
         """Return the (K, C, R, S) float32 weight."""
         flat = np.zeros(int(np.prod(self.shape)), np.float32)
-        flat[self.gather_index] = self.values
+        flat[self.gather_index()] = self.values
         return flat.reshape(self.shape)
 
     @property
-    def size_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of patterns (a bit a weight, in whole bytes), order, pointers, strides, channels and values."""
         pools = len(self.patterns) * -(-self.patterns.shape[1] // 8)
         arrays = (self.order, self.row_ptr, self.stride, self.channels, self.values)
@@ -95,11 +96,10 @@ class FKW:
         """Runs of rows, (first, end), that hold equally many kernels of every pattern."""
         starts = np.flatnonzero((np.diff(self.stride.astype(np.int64), axis=0) != 0).any(axis=1)) + 1
         edges = [0, *starts.tolist(), self.shape[0]]
-        return tuple(zip(edges[:-1], edges[1:], strict=True))
+        return tuple(itertools.pairwise(edges))
 
-    @property
     def gather_index(self) -> npt.NDArray[np.int64]:
-        """Index into the flat KCRS weight of every value, (entries)."""
+        """Return the place in the flat KCRS weight of every value, (entries)."""
         window = self.patterns.shape[1]
         counts = np.diff(self.stride.astype(np.int64), axis=1)
         pattern = np.repeat(np.tile(np.arange(len(self.patterns)), self.shape[0]), counts.ravel())
@@ -110,18 +110,18 @@ class FKW:
         ) * window + tap
         return index
 
-    def refill(self, weight_KCRS: npt.NDArray[np.float32]) -> Self:
+    def with_weight(self, weight_KCRS: npt.NDArray[np.float32]) -> Self:
         """Return the same kernels with the values of another weight, by one gather."""
-        return replace(self, values=gather(weight_KCRS, self.gather_index))
+        return replace(self, values=gather(weight_KCRS, self.gather_index()))
 
     def transpose(self) -> Self:
         """Return the input gradient's weight, (C, K, R, S) with turned windows; kept zeros stay kept."""
-        mask = transposed_weight(kept_mask(self.shape, self.gather_index))
+        mask = transposed_weight(kept_mask(self.shape, self.gather_index()))
         return type(self).pack(transposed_weight(self.unpack()), mask)  # type: ignore[arg-type]
 
     def rows(self) -> SparseRows:
         """Return what the GPU kernel reads; its entries are in the order of ``values``."""
-        return SparseRows.make(self.shape, self.order, self.row_lengths, self.gather_index)
+        return SparseRows.make(self.shape, self.order, self.row_lengths, self.gather_index())
 
 
 def _patterns(kept_KCP: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:

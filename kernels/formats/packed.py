@@ -18,13 +18,15 @@ class Packed(Protocol):
     """A packed (K, C, R, S) weight."""
 
     @property
-    def size_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of the structure and the values."""
         ...
 
-    @property
     def gather_index(self) -> npt.NDArray[np.int64]:
-        """Index into the flat KCRS weight of every stored value, in the shape of the values; -1 stores a zero."""
+        """Return the place in the flat KCRS weight of every stored value, in the shape of the values.
+
+        A value that is always 0 has the number of weights, one past the end.
+        """
         ...
 
     def unpack(self) -> npt.NDArray[np.float32]:
@@ -35,13 +37,13 @@ class Packed(Protocol):
         """Return the weight of the input gradient in the same form: (C, K, R, S), windows turned by half a turn."""
         ...
 
-    def refill(self, weight_KCRS: npt.NDArray[np.float32]) -> Self:
+    def with_weight(self, weight_KCRS: npt.NDArray[np.float32]) -> Self:
         """Return the same structure with the values of another weight, by one gather."""
         ...
 
 
 def gather(weight_KCRS: npt.NDArray[np.float32], index: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Return the values that ``index`` names, in its shape; -1 gives 0."""
+    """Return the values that ``index`` names, in its shape; one past the end gives 0."""
     flat = np.append(weight_KCRS.astype(np.float32).ravel(), np.float32(0))
     values: npt.NDArray[np.float32] = flat[index]
     return values
@@ -54,6 +56,6 @@ def transposed_weight(weight_KCRS: npt.NDArray[np.generic]) -> npt.NDArray[np.ge
 
 def kept_mask(shape: Shape, index: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Return which weights a form stores, (K, C, R, S); a stored weight may be 0."""
-    mask = np.zeros(int(np.prod(shape)), bool)
-    mask[index[index >= 0]] = True
-    return mask.reshape(shape)
+    mask = np.zeros(int(np.prod(shape)) + 1, bool)
+    mask[index] = True
+    return mask[:-1].reshape(shape)
