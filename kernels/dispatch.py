@@ -181,6 +181,10 @@ def decide(layer: LayerSpec, choice: Choice, place: Place = CPU, lookup: Lookup 
         return Decision(layer.name, choice.text, "dense", f"left dense because {_refusals(choice, layer, place)}")
     measured = {name: timed for name, timed in lookup(layer, choice).items() if name in kernels[:-1]}
     dense = lookup(layer, Dense())
+    if dense and not measured and place.device == "cuda":
+        # Such a table leaves out what not even its floor makes faster than dense.
+        why = "left dense because the table has a dense row and none of a sparse kernel"
+        return Decision(layer.name, choice.text, "dense", why)
     if not measured or not dense:
         return _expected(layer, choice, kernels, place)
     (best, timed), *others = sorted(measured.items(), key=lambda item: item[1].us)

@@ -92,9 +92,9 @@ def _lookup(rows: Mapping[str, Mapping[str, float]]) -> object:
         ({"spmm": 11.0, "ell": 12.3}, {"dense": 20.1}, "spmm", "spmm kernel: 11.0 us"),
         ({"ell": 20.1}, {"dense": 20.1}, "dense", "left dense because the ell kernel is not faster: 20.1 us"),
         ({"spmm": 90.0}, {"dense": 20.1}, "dense", "left dense because the spmm kernel is not faster"),
-        ({}, {"dense": 20.1}, "ell", "ell kernel multiplies 22% of the layer; the table has no row"),
-        ({"ell": 1.0}, {}, "ell", "the table has no row to compare it by"),
-        ({"semi": 1.0}, {"dense": 20.1}, "ell", "no row"),
+        ({}, {"dense": 20.1}, "dense", "left dense because the table has a dense row and none of a sparse kernel"),
+        ({"semi": 1.0}, {"dense": 20.1}, "dense", "none of a sparse kernel"),
+        ({"ell": 1.0}, {}, "ell", "ell kernel multiplies 22% of the layer; the table has no row to compare it by"),
     ],
 )
 def test_the_fastest_row_wins_and_the_reason_names_the_figures(
