@@ -109,7 +109,7 @@ def train(
         threads=threads,
         device=device,
     )
-    name = run or run_name(*_origin(policy, request), *_recipe_name(recipe), f"e{length}", f"s{seed}")
+    name = run or run_name(*_origin(policy, uniform or [], request), *_recipe_name(recipe), f"e{length}", f"s{seed}")
     with undone_when_refused(runs_dir, name), working() as progress:
         folder = RunDir.open(runs_dir, name, request.config(), fresh=fresh)
         result = train_policy(request, folder, progress)
@@ -123,12 +123,13 @@ def train(
     print(f"  {'weights':<8}{folder.weights}\n  {'metrics':<8}{folder.metrics}")
 
 
-def _origin(policy: Path | None, request: TrainRequest) -> tuple[str, ...]:
+def _origin(policy: Path | None, uniform: list[str], request: TrainRequest) -> tuple[str, ...]:
     """Say in a run's name what is trained: the search run, file or choices a policy comes from, and the trainer."""
     if request.policy is None:
         return request.model, "dense"
     if policy is None:
-        return request.model, *request.policy.file.budget.split(" "), request.trainer
+        kinds = (text.replace("(", "-").replace(",", "-").rstrip(")") for text in uniform)
+        return request.model, *kinds, request.trainer
     return policy.resolve().parent.name if policy.name == "policy.json" else policy.stem, request.trainer
 
 

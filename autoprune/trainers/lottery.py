@@ -124,11 +124,17 @@ class Lottery(Method):
 
     @torch.no_grad()
     def before_step(self, step: int, scale: float | Tensor) -> None:
-        if step == self.settings.rewind_step and self.subject is not None and not self.start:
+        if step == self.settings.rewind_step == 0:
+            self._keep_start()  # its weights; running statistics have seen one batch by now
+
+    def _keep_start(self) -> None:
+        if self.subject is not None:
             self.start = {name: value.clone() for name, value in self.subject.model.state_dict().items()}
 
     @torch.no_grad()
     def after_step(self, step: int) -> bool:
+        if step + 1 == self.settings.rewind_step:
+            self._keep_start()
         length = self.round_epochs * self.clock.steps_per_epoch
         if self.finished() or (step + 1) != length * (self.done + 1):
             return False

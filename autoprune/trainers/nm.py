@@ -112,9 +112,8 @@ class NMTraining(Method):
             layer.set_mask(final_mask(layer, layer.parameter.detach().abs().float(), self.rule))
         if freeze:
             self.dense = {}
-        changed = freeze or not self.masked
         self.masked, self.frozen = True, freeze
-        return changed
+        return True
 
     def state_dict(self) -> State:
         return {"dense": dict(self.dense), "masked": self.masked, "frozen": self.frozen}
