@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autoprune.core.choices import Block, Channels, Choice, Fine, Pattern, Tile, parse_choice
 from autoprune.sparsity.masks import group_mean, make_mask
 from autoprune.sparsity.units import UNIT_KINDS, unit_values
+from autoprune.trainers.dead_channels import eliminate_dead_channels
 from autoprune.trainers.method import METHODS, Clock, PrunedLayer
 from autoprune.trainers.schedule import TrainerError
 from autoprune.trainers.session import Session, attach
@@ -239,6 +240,54 @@ def test_a_method_that_must_see_the_model_learns_it_from_the_first_batch(method:
     assert int(alive.sum()) == Channels(0.5).width(33)
     # Nothing of a dead channel is left: neither scale nor shift nor bias.
     assert not any(vector[~alive].any() for vector in (net.norm3.weight, net.norm3.bias, net.third.bias))
+
+
+@pytest.mark.parametrize("method", ["slimming", "prunetrain"])
+def test_dead_channels_of_channel_methods_leave_the_trained_network_losslessly(method: str) -> None:
+    net, optimizer, session = start(method, "channels(keep=0.5)")
+    for number in range(STEPS * EPOCHS):
+        step(net, optimizer, number)
+    session.finalize()
+    smaller, eliminated = eliminate_dead_channels(net)
+    assert [(found.layer, len(found.channels)) for found in eliminated] == [("third", 33 - Channels(0.5).width(33))]
+    images = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(smaller(images), net.eval()(images), rtol=1e-4, atol=1e-5)
+
+
+def test_prunetrain_takes_channels_out_while_it_trains_and_gives_the_shapes_back() -> None:
+    net, optimizer, session = start("prunetrain", "channels(keep=0.5)")
+    outputs = {}
+    for number in range(STEPS * EPOCHS):
+        step(net, optimizer, number)
+        outputs[number] = net.third.out_channels
+    assert outputs[0] == 33
+    assert outputs[STEPS * EPOCHS - 1] == net.hidden.in_features == net.norm3.num_features == Channels(0.5).width(33)
+    # The residual add around `second` needs every channel that `first` writes.
+    assert net.second.weight.shape == (16, 16, 3, 3)
+    assert all(p.shape == optimizer.state[p]["momentum_buffer"].shape for p in net.parameters())
+    images = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = net.eval()(images)
+        assert session.finalize().finished
+        torch.testing.assert_close(net(images), before, rtol=1e-4, atol=1e-5)
+    assert net.third.weight.shape == (33, 16, 3, 3)
+    wrapped = nn.DataParallel(net)
+    with pytest.raises(TrainerError, match="data-parallel wrapper does not follow"):
+        attach(wrapped, optimizer, {"third": Channels(0.5)}, steps_per_epoch=1, epochs=2, method="prunetrain")
+
+
+def test_rigl_pays_for_its_dense_gradients_in_the_macs_it_saved() -> None:
+    saved = {}
+    for method in ("rigl", "set"):
+        net, optimizer, session = start(method, "ck(keep=0.4)")
+        for number in range(STEPS * EPOCHS):
+            step(net, optimizer, number)
+        report = session.finalize()
+        assert report.training_macs_saved is not None
+        saved[method] = (report.scoring_passes, report.training_macs_saved)
+    # 18 steps, exchanges at 2, 4, …, 12: a third of a dense pass each.
+    assert saved["rigl"][0] == pytest.approx(6 / 3)
+    assert saved["set"][1] - saved["rigl"][1] == pytest.approx(2 / 18, abs=1e-3)
 
 
 def test_names_and_settings_of_the_registry_agree() -> None:

@@ -126,7 +126,7 @@ def inference_macs_saved(layers: Sequence[LayerSpec], densities: Mapping[str, fl
 
 
 def training_macs_saved(
-    layers: Sequence[LayerSpec], density_steps: Mapping[str, float], steps: int, scoring_passes: int = 0
+    layers: Sequence[LayerSpec], density_steps: Mapping[str, float], steps: int, scoring_passes: float = 0.0
 ) -> float:
     """Return the fraction of a dense training's MACs that the real masks made unnecessary.
 

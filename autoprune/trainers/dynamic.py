@@ -99,6 +99,7 @@ class Dynamic(Method):
         self.last = min(clock.steps - 1, max(1, round(self.settings.stop * clock.steps)))
         self.gradients: dict[str, Tensor] = {}
         self.frozen = False
+        self.exchanges = 0
 
     def phase(self, epoch: int) -> str:
         return "dynamic" if epoch * self.clock.steps_per_epoch < self.last else "frozen"
@@ -125,6 +126,7 @@ class Dynamic(Method):
         elif self._exchanges(step):
             self._exchange(step, moved_fraction(step, self.last, self.settings.fraction))
             self.gradients = {}
+            self.exchanges += 1
         freeze = step >= self.last and not self.frozen
         if freeze:
             self.frozen = True
@@ -166,10 +168,10 @@ class Dynamic(Method):
         """Do what freezing the masks needs."""
 
     def state_dict(self) -> State:
-        return {"frozen": self.frozen}
+        return {"frozen": self.frozen, "exchanges": self.exchanges}
 
     def load_state_dict(self, state: State) -> None:
-        self.frozen = bool(state["frozen"])
+        self.frozen, self.exchanges = bool(state["frozen"]), int(state["exchanges"])
 
 
 @METHODS.register("set")
@@ -181,12 +183,17 @@ class SET(Dynamic):
 
 @METHODS.register("rigl")
 class RigL(Dynamic):
-    """Growth where the dense gradient is largest; see the module. The gradients cost no pass of their own: PyTorch
-    computes them whole in every step.
+    """Growth where the dense gradient is largest; see the module.
+
+    An exchange needs the whole weight gradient, one of a step's three products: a third of a scoring pass each.
     """
 
     name = "rigl"
     needs_gradient = True
+
+    @property
+    def scoring_passes(self) -> float:
+        return self.exchanges / 3.0
 
     def _growth(self, layer: PrunedLayer, step: int) -> Tensor:
         gradient = self.gradients.get(layer.name)

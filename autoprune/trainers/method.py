@@ -148,9 +148,9 @@ class Method(ABC):
         return ()
 
     @property
-    def scoring_passes(self) -> int:
-        """Forward and backward passes spent on scores beside the training's own steps."""
-        return 0
+    def scoring_passes(self) -> float:
+        """Dense forward and backward passes spent on scores beside what a step under the masks computes."""
+        return 0.0
 
     def closing(self) -> None:
         """Leave the model as it was given, but for its weights; called by the session's ``finalize``."""

@@ -38,7 +38,7 @@ class Savings(BaseModel):
     inference_macs_saved: float | None
     training_macs_saved: float | None
     training_time_saved: float | None = None
-    scoring_passes: int = 0
+    scoring_passes: float = 0.0
     dead_channels: dict[str, int] | None = None
     phases: list[tuple[str, int, int]]
 

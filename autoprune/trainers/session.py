@@ -36,6 +36,7 @@ from autoprune.trainers import (
     slimming,
     snip,
 )
+from autoprune.trainers.execution import Chooser, Execution
 from autoprune.trainers.layers import choices_of, inner_module, pruned_layers
 from autoprune.trainers.method import METHODS, Clock, Method, State, Subject
 from autoprune.trainers.schedule import TrainerError
@@ -112,6 +113,7 @@ class Session:
         self._kept = dict(self._sizes)
         self._kept_steps: dict[str, int] = dict.fromkeys(self._kept, 0)
         self._reset_state = False
+        self._execution: Execution | None = None
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -144,6 +146,27 @@ class Session:
         weights = sum(self._sizes.values())
         return 1.0 - sum(self._kept.values()) / weights if weights else 0.0
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the masks are final and removed weights no longer learn."""
+        return self.method.finished() and not any(layer.straight for layer in self._layers)
+
+    @property
+    def sparse_layers(self) -> tuple[str, ...]:
+        """Names of the layers that run on sparse kernels at the moment."""
+        return () if self._execution is None else tuple(self._execution.running)
+
+    def run_sparse(self, choose: Chooser) -> None:
+        """Run layers on sparse kernels, forward and backward, as soon as their masks are final; see ``execution``.
+
+        Args:
+            choose: Returns the operator of a layer, or None to leave it dense.
+        """
+        if self._execution is not None:
+            self._execution.stop()
+        self._execution = Execution(self.model, choose)
+        self._start_sparse()
+
     def finalize(self) -> SessionReport:
         """Set removed weights to zero once more, take the hooks off, and return what the training came to."""
         self._mask_weights()
@@ -171,6 +194,8 @@ class Session:
 
     def detach(self) -> None:
         """Take the hooks off; weights stay as they are. May be called twice."""
+        if self._execution is not None:
+            self._execution.stop()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -220,6 +245,14 @@ class Session:
         self._kept_steps = {name: int(value) for name, value in state["kept_steps"].items()}
         self._phases = [Phase(str(name), int(first), int(steps)) for name, first, steps in state["phases"]]
         self._count_kept()
+        if self._execution is not None:
+            self._execution.stop()
+        self._start_sparse()
+
+    def _start_sparse(self) -> None:
+        if self._execution is not None and self.frozen:
+            specs = {spec.name: spec for spec in self._specs or ()}
+            self._execution.start(self._layers, specs)
 
     def _see_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._example is None and args and isinstance(args[0], Tensor):
@@ -245,6 +278,7 @@ class Session:
         if self.method.after_step(self.steps):
             self._count_kept()
             self._reset_state = True
+            self._start_sparse()
         self._mask_weights()
         if self._reset_state:
             self._mask_optimizer()

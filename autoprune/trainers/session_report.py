@@ -29,8 +29,8 @@ class SessionReport:
         training_macs_saved: Fraction of a dense training's MACs that the masks made unnecessary; None when the layers'
             feature-map sizes stayed unknown (no example given, and the model does not run on its first argument alone).
             Counted, not measured: what time it saved is for a clock to say.
-        scoring_passes: Forward and backward passes that the method spent on scores beside the steps; the MACs saved
-            have them subtracted.
+        scoring_passes: Dense forward and backward passes that the method spent on scores beside the steps; the MACs
+            saved have them subtracted.
     """
 
     method: str
@@ -39,4 +39,4 @@ class SessionReport:
     phases: tuple[Phase, ...]
     sparsity: SparsityReport
     training_macs_saved: float | None
-    scoring_passes: int = 0
+    scoring_passes: float = 0.0
