@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from autoprune.core.choices import Choice, Dense, Pattern
+from autoprune.core.choices import Choice, Dense, Pattern, Tile
 from autoprune.core.errors import MissingLatency, ModelError, PolicyError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
@@ -145,6 +145,8 @@ def is_masked(weight: Tensor, layer: LayerSpec, choice: Choice) -> bool:
     unit = 1
     if isinstance(choice, Pattern):
         unit = choice.share[1] * choice.entries
+    elif isinstance(choice, Tile):
+        unit = choice.size
     elif layer.op == "conv":
         unit = math.prod(layer.window)
     kept = int(torch.count_nonzero(weight))

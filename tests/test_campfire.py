@@ -144,6 +144,21 @@ def test_no_target_ever_falls_below_the_choices_own(text: str) -> None:
     assert target_at(weight, choice, 1.0) == final
 
 
+def test_every_output_of_a_linear_layer_keeps_a_weight_all_the_way() -> None:
+    layer = layer_of(Fine(0.05), (40, 30))
+    layer.parameter.data[7] *= 1e-6
+    method = Campfire([layer], Clock(1, 12), {"era_start": 1, "era_length": 9})
+    generator = torch.Generator().manual_seed(3)
+    for step in range(12):
+        layer.parameter.data += 0.1 * torch.randn(layer.parameter.shape, generator=generator)
+        method.after_step(step)
+        if layer.mask is not None:
+            layer.parameter.data *= layer.mask
+            assert layer.mask.any(1).all()
+    assert layer.mask is not None
+    assert int(layer.mask.sum()) == 60
+
+
 def test_settings_are_checked() -> None:
     with pytest.raises(TrainerError, match="schedule='batch'"):
         CampfireSettings(schedule="batch")  # type: ignore[arg-type]

@@ -232,6 +232,23 @@ def test_train_policy_measures_the_deployed_network_beside_its_dense_control(
     assert Policy.load(run.policy).choices == request.policy.choices  # type: ignore[union-attr]
 
 
+def test_a_learnt_split_over_the_layers_is_deployed_at_the_densities_it_reached(small: None, tmp_path: Path) -> None:
+    layers = trace(SmallNet(1, 2), torch.zeros(1, 1, 8, 8))
+    wanted = {"first": parse_choice("fine(keep=0.5)"), "second": parse_choice("fine(keep=0.3)")}
+    policy = Policy.make(wanted, layers, model="small", budget="by hand")
+    request = TrainRequest(
+        "small", policy=policy, trainer="dsr", settings={"every": 1, "split": "learned"}, recipe=RECIPE, control=False,
+        bench_seconds=0.05, compile=False,
+    )  # fmt: skip
+    result = train_policy(request, RunDir.open(tmp_path, "t", request.config()))
+    assert result.savings is not None
+    reached = {name: 1.0 - result.savings.sparsity[name] for name in wanted}
+    assert reached["first"] > 0.55
+    assert 144 * reached["first"] + 2304 * reached["second"] == pytest.approx(144 * 0.5 + 2304 * 0.3, abs=3)
+    assert result.deployment is not None
+    assert result.deployment.validation_accuracy == pytest.approx(result.accuracy.validation, abs=0.02)
+
+
 def test_a_killed_run_is_finished_by_the_same_call(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from autoprune.core.choices import CK, Block, Channels, Choice, Fine, Tile
 from autoprune.core.errors import DeviceError, ModelError
+from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.core.progress import Progress, Silent
 from autoprune.core.rundir import RunDir, atomic_path, write_text
-from autoprune.kernels.convert import convert
+from autoprune.kernels.convert import convert, is_masked
 from autoprune.lut.bench import bench_deployed
 from autoprune.search_spaces.trace import trace
 from autoprune.search_spaces.uniform import uniform_policy
@@ -247,6 +249,25 @@ def _dead_channels(model: nn.Module) -> dict[str, int] | None:
     return counts
 
 
+def as_trained(model: nn.Module, policy: Policy) -> dict[str, Choice]:
+    """Return a policy's choices with the density reached in each layer, where a method learnt the split over layers.
+
+    Args:
+        model: Trained under the policy.
+        policy: Its choices of equal units are adjusted where a layer kept more than its own.
+    """
+    found = dict(policy.choices)
+    for name, choice in found.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        weight = layer.weight.detach()
+        shape = tuple(int(size) for size in weight.shape)
+        spec = LayerSpec(name, "conv" if len(shape) == 4 else "linear", shape)
+        if isinstance(choice, Fine | Block | Tile | CK | Channels) and not is_masked(weight, spec, choice):
+            found[name] = replace(choice, keep=int(torch.count_nonzero(weight)) / weight.numel())
+    return found
+
+
 def _deploy(
     model: nn.Module, control: nn.Module | None, data: DataSet, request: TrainRequest, progress: Progress
 ) -> Deployment:
@@ -257,7 +278,7 @@ def _deploy(
     # The kernels read weights in row-major order; training left them channels-last.
     pruned = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
     dense = pruned if control is None else copy.deepcopy(control).cpu().to(memory_format=torch.contiguous_format).eval()
-    deployed = convert(pruned, request.policy, example, threads=request.threads)
+    deployed = convert(pruned, as_trained(pruned, request.policy), example, threads=request.threads)
     timed = bench_deployed(
         dense, deployed, example, request.threads, request.bench_seconds, compile=request.compile
     )
