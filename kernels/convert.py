@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from autoprune.core.choices import Choice, Dense, Pattern
+from autoprune.core.choices import Choice, Dense, Pattern, Tile
 from autoprune.core.errors import DeviceError, ModelError, PolicyError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
@@ -159,6 +159,8 @@ def is_masked(weight: Tensor, layer: LayerSpec, choice: Choice) -> bool:
     unit = 1
     if isinstance(choice, Pattern):
         unit = choice.share[1] * choice.entries
+    elif isinstance(choice, Tile):
+        unit = choice.size
     elif layer.op == "conv":
         unit = math.prod(layer.window)
     kept = int(torch.count_nonzero(weight))

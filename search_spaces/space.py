@@ -84,6 +84,12 @@ class _FineGrid(_Grid):
     keep: Fractions
 
 
+class _TileGrid(_Grid):
+    kind: Literal["tile"]
+    keep: Fractions
+    size: Counts = [4]
+
+
 class _CKGrid(_Grid):
     kind: Literal["ck"]
     keep: Fractions
@@ -116,6 +122,7 @@ _AnyGrid: TypeAlias = Annotated[
     | _BlockGrid
     | _PatternGrid
     | _FineGrid
+    | _TileGrid
     | _CKGrid
     | _WindowGrid
     | _CombinedGrid

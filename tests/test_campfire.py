@@ -8,8 +8,9 @@ from torch import nn
 
 from autoprune.core.choices import Choice, Fine, parse_choice
 from autoprune.sparsity.masks import make_mask, target_of
-from autoprune.trainers.campfire import Campfire, CampfireSettings, target_at
+from autoprune.trainers.campfire import Campfire, CampfireSettings
 from autoprune.trainers.method import Clock, PrunedLayer
+from autoprune.trainers.projection import Rule, target_at
 from autoprune.trainers.schedule import Era, TrainerError, cubic_sparsity
 
 KINDS = [
@@ -89,7 +90,7 @@ def test_recomputing_at_one_sparsity_would_change_nothing(text: str) -> None:
         mask = layer.mask.clone()
         for _ in range(3):
             layer.parameter.data += 0.2 * torch.randn(layer.parameter.shape, generator=generator) * mask
-            assert torch.equal(method._mask(layer, method.progress), mask)
+            assert torch.equal(method.mask(layer), mask)
 
 
 def test_living_zeros_outlast_removed_weights() -> None:
@@ -126,10 +127,10 @@ def test_step_schedule_grows_inside_an_epoch_and_every_thins_it_out() -> None:
 def test_inter_epoch_removes_kernels_first_and_entries_second() -> None:
     choice = parse_choice("combined(keep=0.25,fraction=0.8)")
     weight = torch.zeros(16, 16, 3, 3)
-    half = target_at(weight, choice, 0.5, "layer", inter_epoch=True)
+    half = target_at(weight, choice, 0.5, Rule(inter_epoch=True))
     assert half.units == target_of(weight, choice).units
     assert half.entries == 9
-    assert target_at(weight, choice, 0.25, "layer", inter_epoch=True).units > half.units
+    assert target_at(weight, choice, 0.25, Rule(inter_epoch=True)).units > half.units
 
 
 @pytest.mark.parametrize("text", KINDS)
@@ -137,10 +138,25 @@ def test_no_target_ever_falls_below_the_choices_own(text: str) -> None:
     weight, choice = torch.zeros(33, 10, 3, 3), parse_choice(text)
     final = target_of(weight, choice)
     for percent in range(101):
-        partial = target_at(weight, choice, percent / 100, "layer")
+        partial = target_at(weight, choice, percent / 100)
         assert partial.units >= final.units
         assert partial.entries >= final.entries
-    assert target_at(weight, choice, 1.0, "layer") == final
+    assert target_at(weight, choice, 1.0) == final
+
+
+def test_every_output_of_a_linear_layer_keeps_a_weight_all_the_way() -> None:
+    layer = layer_of(Fine(0.05), (40, 30))
+    layer.parameter.data[7] *= 1e-6
+    method = Campfire([layer], Clock(1, 12), {"era_start": 1, "era_length": 9})
+    generator = torch.Generator().manual_seed(3)
+    for step in range(12):
+        layer.parameter.data += 0.1 * torch.randn(layer.parameter.shape, generator=generator)
+        method.after_step(step)
+        if layer.mask is not None:
+            layer.parameter.data *= layer.mask
+            assert layer.mask.any(1).all()
+    assert layer.mask is not None
+    assert int(layer.mask.sum()) == 60
 
 
 def test_settings_are_checked() -> None:

@@ -19,6 +19,7 @@ from autoprune.core.choices import (
     Dense,
     Fine,
     Pattern,
+    Tile,
     Window,
     parse_choice,
 )
@@ -42,6 +43,7 @@ _CHOICES: st.SearchStrategy[Choice] = st.one_of(
     st.builds(Combined, keep=_FRACTIONS, fraction=_FRACTIONS),
     st.integers(2, 32).flatmap(lambda m: st.builds(NM, n=st.integers(1, m - 1), m=st.just(m))),
     st.builds(Channels, keep=_FRACTIONS),
+    st.builds(Tile, keep=_FRACTIONS, size=st.integers(2, 4)),
 )
 _CONV = LayerSpec("conv", "conv", (32, 16, 3, 3), padding=(1, 1), input_hw=(14, 14), output_hw=(14, 14))
 _ONE_BY_ONE = LayerSpec("down", "conv", (32, 16, 1, 1), input_hw=(14, 14), output_hw=(14, 14))
@@ -63,7 +65,7 @@ def test_density_of_a_fitting_choice_is_a_kept_fraction(choice: Choice) -> None:
 
 
 def test_every_kind_is_covered_by_the_property_tests() -> None:
-    covered = {Dense, Block, Pattern, Fine, CK, Window, Combined, NM, Channels}
+    covered = {Dense, Block, Pattern, Fine, Tile, CK, Window, Combined, NM, Channels}
     assert set(CHOICE_KINDS.values()) == covered
 
 
@@ -83,6 +85,7 @@ def test_every_kind_is_covered_by_the_property_tests() -> None:
         (NM(n=2, m=4), {"conv", "down", "fc"}),
         (NM(n=2, m=32), {"fc"}),
         (Channels(keep=0.5), {"conv", "down", "fc"}),
+        (Tile(keep=0.5, size=4), {"fc"}),
     ],
 )
 def test_layers_that_can_take_a_choice(choice: Choice, taken_by: set[str]) -> None:

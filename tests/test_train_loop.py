@@ -27,6 +27,13 @@ from autoprune.trainers.schedule import TrainerError
 
 RECIPE = Recipe(epochs=4, batch_size=16, peak_lr=0.05)
 METHODS = ["clicktrain", "campfire"]
+OTHERS: dict[str, dict[str, object]] = {
+    "lottery": {"rounds": 1, "rewind_step": 2},
+    "magnitude": {"prune_epoch": 2},
+    "prunetrain": {"interval": 1, "threshold": 0.2, "hard_epoch": 2},
+    "nm": {"mode": "asp"},
+    "rigl": {"every": 2},
+}
 
 
 class SmallNet(nn.Module):
@@ -131,6 +138,39 @@ def test_a_killed_training_ends_as_an_unbroken_one(
     assert [replace(e, seconds=0.0) for e in trained.log] == [replace(e, seconds=0.0) for e in wanted.log]
 
 
+@pytest.mark.parametrize("epochs", [2, 3])
+@pytest.mark.parametrize("method", list(OTHERS))
+def test_methods_that_touch_more_than_masks_survive_a_kill(
+    method: str, epochs: int, data: DataSet, tmp_path: Path
+) -> None:
+    wanted_choice = parse_choice("channels(keep=0.5)" if method == "prunetrain" else "fine(keep=0.25)")
+    pruning = Pruning({"second": wanted_choice}, method, OTHERS[method])
+    recipe = replace(RECIPE, mixup=0.3, mixup_start=1)
+    whole = make_model()
+    wanted = train(whole, data, recipe, seed=3, pruning=pruning)
+    checkpoint = tmp_path / "checkpoint.pt"
+    with pytest.raises(Killed):
+        train(make_model(), data, recipe, seed=3, pruning=pruning, checkpoint=checkpoint, on_epoch=stop_after(epochs))  # type: ignore[arg-type]
+    model = make_model(seed=7)
+    trained = train(model, data, recipe, seed=3, pruning=pruning, checkpoint=checkpoint)
+    assert trained.report == wanted.report
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_the_learning_rate_begins_anew_where_a_method_says(data: DataSet) -> None:
+    rates = {}
+    for finetune_lr in (0.0, 0.1):
+        settings = {"prune_epoch": 2, "finetune_lr": finetune_lr}
+        pruning = Pruning({"second": parse_choice("fine(keep=0.25)")}, "magnitude", settings)
+        trained = train(make_model(), data, RECIPE, seed=0, pruning=pruning)
+        rates[finetune_lr] = [entry.learning_rate for entry in trained.log]
+    # The first cycle ends before the pruning; the second is a tenth as high and ends too.
+    assert rates[0.1][1] < 0.3 * rates[0.0][1]
+    assert rates[0.0][3] < 1e-4
+    assert rates[0.1][3] < 1e-5
+
+
 def test_training_leaves_the_callers_random_numbers_alone(data: DataSet) -> None:
     torch.manual_seed(5)
     wanted = torch.rand(3)
@@ -170,6 +210,12 @@ def test_train_policy_measures_the_deployed_network_beside_its_dense_control(
     assert result.delta == pytest.approx(result.accuracy.validation - result.dense.validation)
     assert result.savings is not None
     assert result.savings.sparsity["second"] == pytest.approx(0.75)
+    assert result.savings.nominal_sparsity["second"] == pytest.approx(0.75)
+    assert result.savings.training_time_saved == pytest.approx(
+        1 - result.seconds["train"] / result.seconds["dense control"]
+    )
+    assert result.accuracy.best_validation is not None
+    assert result.accuracy.best_validation >= result.accuracy.validation
     assert result.deployment is not None
     assert result.deployment.latency_us > 0
     assert result.deployment.ratio == pytest.approx(
@@ -184,6 +230,23 @@ def test_train_policy_measures_the_deployed_network_beside_its_dense_control(
     assert [int(row["epoch"]) for row in rows] == [0, 1, 2, 3]
     assert float(rows[-1]["sparsity"]) == pytest.approx(0.75)
     assert Policy.load(run.policy).choices == request.policy.choices  # type: ignore[union-attr]
+
+
+def test_a_learnt_split_over_the_layers_is_deployed_at_the_densities_it_reached(small: None, tmp_path: Path) -> None:
+    layers = trace(SmallNet(1, 2), torch.zeros(1, 1, 8, 8))
+    wanted = {"first": parse_choice("fine(keep=0.5)"), "second": parse_choice("fine(keep=0.3)")}
+    policy = Policy.make(wanted, layers, model="small", budget="by hand")
+    request = TrainRequest(
+        "small", policy=policy, trainer="dsr", settings={"every": 1, "split": "learned"}, recipe=RECIPE, control=False,
+        bench_seconds=0.05, compile=False,
+    )  # fmt: skip
+    result = train_policy(request, RunDir.open(tmp_path, "t", request.config()))
+    assert result.savings is not None
+    reached = {name: 1.0 - result.savings.sparsity[name] for name in wanted}
+    assert reached["first"] > 0.55
+    assert 144 * reached["first"] + 2304 * reached["second"] == pytest.approx(144 * 0.5 + 2304 * 0.3, abs=3)
+    assert result.deployment is not None
+    assert result.deployment.validation_accuracy == pytest.approx(result.accuracy.validation, abs=0.02)
 
 
 def test_a_killed_run_is_finished_by_the_same_call(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from autoprune.cli import bench, lut, report, search, train
+from autoprune.cli import bench, evaluate, lut, report, search, train
 from autoprune.core.errors import AutopruneError
 
 INTERRUPTED = 130
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command("search")(search.search)
 app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("report")(report.report)
 app.add_typer(lut.app, name="lut")

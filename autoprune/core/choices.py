@@ -153,6 +153,31 @@ class Fine(Choice):
 
 
 @dataclass(frozen=True, slots=True, order=True)
+class Tile(Choice):
+    """Square tiles of a linear layer's weight, kept or dropped together; tiles at a short edge are smaller.
+
+    Attributes:
+        keep: Fraction of tiles kept.
+        size: Rows and columns of a tile, 2 to 4 (Campfire's FC blocks, METHODS §1).
+    """
+
+    kind: ClassVar[str] = "tile"
+    keep: float
+    size: int = 4
+
+    def __post_init__(self) -> None:
+        _check_fraction(self, "keep")
+        if not 2 <= self.size <= 4:
+            raise ChoiceError(f"tile(size={self.size}): allowed are 2 to 4.")
+
+    def density(self, layer: LayerSpec) -> float:
+        return self.keep
+
+    def fits(self, layer: LayerSpec) -> bool:
+        return layer.op == "linear"
+
+
+@dataclass(frozen=True, slots=True, order=True)
 class CK(Choice):
     """Campfire's whole kernels: the (filter, channel) slices with the largest score stay."""
 
@@ -262,7 +287,7 @@ class Channels(Choice):
 
 
 CHOICE_KINDS: dict[str, type[Choice]] = {
-    cls.kind: cls for cls in (Dense, Block, Pattern, Fine, CK, Window, Combined, NM, Channels)
+    cls.kind: cls for cls in (Dense, Block, Pattern, Fine, Tile, CK, Window, Combined, NM, Channels)
 }
 
 _CALL = re.compile(r"^\s*([a-z_]+)\s*(?:\((.*)\))?\s*$")

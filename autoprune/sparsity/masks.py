@@ -3,12 +3,12 @@
 Shapes: conv weight ``KCRS`` (filters, channels, window rows, window columns), linear weight ``OI``, which is read as
 ``KCRS`` with a 1×1 window. P = R·S positions of a window. B, D = number of filter and channel groups of a shared mask.
 
-Every kind removes whole *units*: single weights (fine), blocks of filters at one position (block), share groups
-(pattern), kernels (ck, combined), entries of each window (window) or of each group of input channels (nm), filters
-(channels). The number removed is the nominal number rounded
-down, so the count that stays never falls short of the nominal one, and at least one unit stays. Of equal scores the
-lower index stays. The score of a unit is the mean over its real weights, which ranks as the sum does and lets a short
-last group (33 filters in blocks of 16) compete fairly.
+Every kind removes whole *units*: single weights (fine), blocks of filters at one position (block), tiles (tile), share
+groups (pattern), kernels (ck, combined), entries of each window (window) or of each group of input channels (nm),
+filters (channels). The number removed is the nominal number rounded down, so the count that stays never falls short of
+the nominal one, and at least one unit stays. Of equal scores the lower index stays. The score of a unit is the mean
+over its real weights, which ranks as the sum does and lets a short last group (33 filters in blocks of 16) compete
+fairly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from autoprune.core.choices import CK, NM, Block, Channels, Choice, Combined, Dense, Fine, Pattern, Window
+from autoprune.core.choices import CK, NM, Block, Channels, Choice, Combined, Dense, Fine, Pattern, Tile, Window
 from autoprune.core.errors import ChoiceError
 from autoprune.sparsity.patterns import make_pool, select_patterns
 from autoprune.sparsity.ranking import kept_count, top_mask
@@ -89,6 +89,8 @@ def target_of(weight: Tensor, choice: Choice, balance: Balance = "layer") -> Tar
         return Target(kept_count(groups, choice.kernels), choice.entries)
     if isinstance(choice, Fine):
         return Target(kept_count(k * c * p, choice.keep))
+    if isinstance(choice, Tile):
+        return Target(kept_count(math.ceil(k / choice.size) * math.ceil(c / choice.size), choice.keep))
     if isinstance(choice, CK):
         return Target(kept_count(k * c, choice.keep))
     if isinstance(choice, Window):
@@ -129,7 +131,9 @@ def project(
     if isinstance(choice, Fine):
         return _fine(score, target, balance)
     if isinstance(choice, Block):
-        mask = _block(score_KCP, choice.filters, target, balance)
+        mask = _groups(score_KCP, (choice.filters, 1), target, balance)
+    elif isinstance(choice, Tile):
+        mask = _groups(score_KCP, (choice.size, choice.size), target, balance)
     elif isinstance(choice, Pattern):
         if patterns is None:
             raise ChoiceError(f"choice '{choice.text}': project needs the pattern of each share group.")
@@ -223,6 +227,8 @@ def check_weight(weight: Tensor, choice: Choice) -> None:
     needs_window = isinstance(choice, (Pattern, CK, Window, Combined))
     if isinstance(choice, Pattern) and window != (3, 3):
         raise ChoiceError(f"choice '{choice.text}': needs a 3x3 window, the weight is {shape}.")
+    if isinstance(choice, Tile) and len(shape) != 2:
+        raise ChoiceError(f"choice '{choice.text}': needs a linear layer, the weight is {shape}.")
     if isinstance(choice, NM) and shape[1] % choice.m:
         raise ChoiceError(f"choice '{choice.text}': input channels must be a multiple of {choice.m}, not {shape[1]}.")
     if needs_window and math.prod(window) == 1:
@@ -243,10 +249,9 @@ def _fine(score: Tensor, target: Target, balance: Balance) -> Tensor:
     return _best(score, target.units, balance)
 
 
-def _block(score_KCP: Tensor, filters: int, target: Target, balance: Balance) -> Tensor:
-    group_BCP = group_mean(score_KCP, (filters, 1))
-    mask_BCP = _best(group_BCP, target.units, balance)
-    return spread(mask_BCP, (filters, 1), (score_KCP.shape[0], score_KCP.shape[1]))
+def _groups(score_KCP: Tensor, share: tuple[int, int], target: Target, balance: Balance) -> Tensor:
+    mask_BDP = _best(group_mean(score_KCP, share), target.units, balance)
+    return spread(mask_BDP, share, (score_KCP.shape[0], score_KCP.shape[1]))
 
 
 def _pattern(score_KCP: Tensor, choice: Pattern, patterns_BDP: Tensor, target: Target, balance: Balance) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoprune.core.choices import CK, Block, Choice, Combined, Dense, Fine, Pattern, Window
+from autoprune.core.choices import CK, NM, Block, Channels, Choice, Combined, Dense, Fine, Pattern, Tile, Window
 from autoprune.core.layers import LayerSpec
 from autoprune.sparsity.masks import group_mean
 
@@ -29,6 +29,7 @@ class LayerSparsity:
         choice: Canonical text of the layer's choice.
         weights: Weights of the layer, bias not counted.
         nonzero: Weights that are not exactly zero.
+        nominal: Sparsity that the choice asks for, 0..1.
         storage_bits: Size in the format of the choice, indices included.
     """
 
@@ -37,6 +38,7 @@ class LayerSparsity:
     weights: int
     nonzero: int
     storage_bits: int
+    nominal: float = 0.0
 
     @property
     def sparsity(self) -> float:
@@ -90,7 +92,11 @@ def summarise(
     for name, weight in weights.items():
         choice = choices.get(name, Dense())
         nonzero = int(torch.count_nonzero(weight))
-        rows.append(LayerSparsity(name, choice.text, weight.numel(), nonzero, storage_bits(weight, choice)))
+        rows.append(
+            LayerSparsity(
+                name, choice.text, weight.numel(), nonzero, storage_bits(weight, choice), _nominal(name, weight, choice)
+            )
+        )
     removed = sum(row.weights - row.nonzero for row in rows)
     pruned = [row for row in rows if row.choice != Dense.kind]
     conv = [row for row in rows if weights[row.name].dim() == 4]
@@ -120,7 +126,7 @@ def inference_macs_saved(layers: Sequence[LayerSpec], densities: Mapping[str, fl
 
 
 def training_macs_saved(
-    layers: Sequence[LayerSpec], density_steps: Mapping[str, float], steps: int, scoring_passes: int = 0
+    layers: Sequence[LayerSpec], density_steps: Mapping[str, float], steps: int, scoring_passes: float = 0.0
 ) -> float:
     """Return the fraction of a dense training's MACs that the real masks made unnecessary.
 
@@ -149,7 +155,8 @@ def storage_bits(weight: Tensor, choice: Choice, value_bits: int = VALUE_BITS) -
     Formats: dense — values only. fine — CSR rows of single weights. block — per filter group the kept positions' index
     and ``filters`` values each. pattern — per filter group the kept channel groups' index, the pattern's number and its
     values, plus the pool. ck — per filter the kept channels' index and whole kernels. window — per kernel the positions
-    in the window. combined — channel index and positions. Every row carries one pointer.
+    in the window. combined — channel index and positions. tile — the kept tiles' index and whole tiles. nm — values and
+    their place in the group. channels — the filters that stay. Every row of the first five carries one pointer.
 
     Args:
         weight: (K, C, R, S) or (O, I), pruned.
@@ -166,10 +173,16 @@ def storage_bits(weight: Tensor, choice: Choice, value_bits: int = VALUE_BITS) -
     channel_bits, position_bits = _bits(c), _bits(p)
     if isinstance(choice, Fine):
         return nonzero * (value_bits + _bits(c * p)) + _pointers(k, nonzero)
-    if isinstance(choice, Block):
-        return _block_bits(nonzero_KCP, choice, value_bits)
+    if isinstance(choice, Block | Tile):
+        share = (choice.filters, 1) if isinstance(choice, Block) else (choice.size, choice.size)
+        return _group_bits(nonzero_KCP, share, value_bits)
     if isinstance(choice, Pattern):
         return _pattern_bits(nonzero_KCP, choice, value_bits)
+    if isinstance(choice, NM):
+        return nonzero * (value_bits + _bits(choice.m))
+    if isinstance(choice, Channels):
+        filters = int(nonzero_KCP.flatten(1).any(1).sum())
+        return filters * c * p * value_bits
     if isinstance(choice, CK):
         return kernels * (p * value_bits + channel_bits) + _pointers(k, kernels)
     if isinstance(choice, Window):
@@ -179,13 +192,15 @@ def storage_bits(weight: Tensor, choice: Choice, value_bits: int = VALUE_BITS) -
     return dense_bits
 
 
-def _block_bits(nonzero_KCP: Tensor, choice: Block, value_bits: int) -> int:
+def _group_bits(nonzero_KCP: Tensor, share: tuple[int, int], value_bits: int) -> int:
     k, c, p = nonzero_KCP.shape
-    kept_BCP = group_mean(nonzero_KCP.float(), (choice.filters, 1)) > 0
-    sizes_B = _group_sizes(k, choice.filters, nonzero_KCP.device)
-    per_group_B = kept_BCP.flatten(1).sum(1)
-    blocks = int(per_group_B.sum())
-    return int((per_group_B * sizes_B).sum()) * value_bits + blocks * _bits(c * p) + _pointers(len(sizes_B), blocks)
+    kept_BDP = group_mean(nonzero_KCP.float(), share) > 0
+    device = nonzero_KCP.device
+    sizes_BD = _group_sizes(k, share[0], device)[:, None] * _group_sizes(c, share[1], device)
+    groups = int(kept_BDP.sum())
+    values = int((kept_BDP.sum(-1) * sizes_BD).sum())
+    places = math.ceil(c / share[1]) * p
+    return values * value_bits + groups * _bits(places) + _pointers(kept_BDP.shape[0], groups)
 
 
 def _pattern_bits(nonzero_KCP: Tensor, choice: Pattern, value_bits: int) -> int:
@@ -197,6 +212,11 @@ def _pattern_bits(nonzero_KCP: Tensor, choice: Pattern, value_bits: int) -> int:
     values = int((kept_BDP.sum(-1) * sizes_BD).sum())
     index_bits = _bits(math.ceil(c / channels)) + _bits(choice.count)
     return values * value_bits + groups * index_bits + choice.count * p + _pointers(kept_BDP.shape[0], groups)
+
+
+def _nominal(name: str, weight: Tensor, choice: Choice) -> float:
+    shape = tuple(int(size) for size in weight.shape)
+    return 1.0 - choice.density(LayerSpec(name, "conv" if len(shape) == 4 else "linear", shape))
 
 
 def _group_sizes(length: int, size: int, device: torch.device) -> Tensor:

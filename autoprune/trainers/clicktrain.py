@@ -7,8 +7,9 @@ step of e_h on, the removed weights are zero after every step.
 
 Lasso groups by kind: pattern and combined have two terms as in the source, each kernel's weights outside its pattern
 (or window) and each removed kernel. ck has the second only, window the first only. block groups the filters of a
-removed block at its one position. fine groups a kernel's removed weights; in 1×1 and linear layers every weight is its
-own group, as the source has it for 1×1 layers. The groups of block, fine and window are our choice.
+removed block at its one position. channels groups a removed filter. fine, tile and nm group a kernel's removed weights;
+in 1×1 and linear layers every weight is its own group, as the source has it for 1×1 layers. The groups of all but
+pattern and ck are our choice.
 
 Source: ClickTrain, arXiv 2011.10170, ICS'21.
 """
@@ -20,13 +21,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoprune.core.choices import Block, Combined, Pattern
+from autoprune.core.choices import Block, Channels, Combined, Pattern
 from autoprune.sparsity.masks import Balance, assign_patterns, choose_pool, project, spread, target_of
-from autoprune.sparsity.patterns import POOL_KINDS, PoolKind
+from autoprune.sparsity.patterns import PoolKind
 from autoprune.sparsity.ranking import top_mask
 from autoprune.trainers.method import METHODS, Clock, Method, PrunedLayer, State, check_setting, read_settings
-from autoprune.trainers.penalty import GroupLasso, Term
+from autoprune.trainers.penalty import Grouping, GroupLasso, Term
+from autoprune.trainers.projection import Rule
 from autoprune.trainers.schedule import TrainerError, clicktrain_phase, make_stages
+from autoprune.trainers.score import Saliency
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,7 @@ class ClickTrainSettings:
     def __post_init__(self) -> None:
         name = "clicktrain"
         check_setting(name, "lasso", self.lasso, self.lasso >= 0, "0 or more")
-        check_setting(name, "balance", self.balance, self.balance in ("layer", "filter"), "'layer' or 'filter'")
-        check_setting(name, "pool", self.pool, self.pool in POOL_KINDS, f"one of {', '.join(POOL_KINDS)}")
+        Rule(balance=self.balance, pool=self.pool).check(name)
         check_setting(name, "batches", self.batches, self.batches is None or self.batches >= 1, "1 or more")
 
 
@@ -96,7 +98,8 @@ def penalty_terms(layer: PrunedLayer, plan: Plan) -> list[Term]:
     """Return the lasso terms of one layer; see the module for the groups of each kind."""
     if plan.outside is None:
         filters = layer.choice.filters if isinstance(layer.choice, Block) else 1
-        return [Term(layer.parameter, ~plan.mask, filters)]
+        by: Grouping = "filter" if isinstance(layer.choice, Channels) else "kernel"
+        return [Term(layer.parameter, ~plan.mask, filters, by)]
     dead_kernels = ~plan.mask.flatten(2).any(-1)
     return [
         Term(layer.parameter, plan.outside),
@@ -122,7 +125,7 @@ class ClickTrain(Method):
                 f"clicktrain setting batches={self.batches}: only {steps_left} steps follow the warm-up; lower batches."
             )
         self.collected = 0
-        self.importance: dict[str, Tensor] = {}
+        self.importance = Saliency(power=2)
         self.plans: dict[str, Plan] = {}
         self.penalty: GroupLasso | None = None
         self.pruned = False
@@ -152,21 +155,13 @@ class ClickTrain(Method):
         return True
 
     def _collect(self, scale: float | Tensor) -> None:
-        for layer in self.layers:
-            weight = layer.parameter.detach().float()
-            gradient = layer.parameter.grad
-            # A frozen layer has no gradient; |w| is then all there is to rank by.
-            part = weight.square() if gradient is None else (gradient.float() * weight / scale).square_()
-            if layer.name in self.importance:
-                self.importance[layer.name] += part
-            else:
-                self.importance[layer.name] = part
+        self.importance.collect(self.layers, scale)
         self.collected += 1
         if self.collected == self.batches:
             for layer in self.layers:
-                importance = self.importance[layer.name].contiguous()
+                importance = self.importance.of(layer)
                 self.plans[layer.name] = plan_layer(importance, layer, self.settings.pool, self.settings.balance)
-            self.importance = {}
+            self.importance = Saliency(power=2)
             self._make_penalty()
 
     def _make_penalty(self) -> None:
@@ -178,7 +173,7 @@ class ClickTrain(Method):
         return {
             "collected": self.collected,
             "pruned": self.pruned,
-            "importance": dict(self.importance),
+            "importance": self.importance.state_dict(),
             "masks": {name: plan.mask for name, plan in self.plans.items()},
             "outside": {name: plan.outside for name, plan in self.plans.items() if plan.outside is not None},
         }
@@ -186,7 +181,7 @@ class ClickTrain(Method):
     def load_state_dict(self, state: State) -> None:
         device = {layer.name: layer.parameter.device for layer in self.layers}
         self.collected, self.pruned = int(state["collected"]), bool(state["pruned"])
-        self.importance = {name: value.to(device[name]) for name, value in state["importance"].items()}
+        self.importance.load_state_dict(state["importance"], self.layers)
         self.plans, self.penalty = {}, None
         for name, mask in state["masks"].items():
             outside = state["outside"].get(name)

@@ -23,7 +23,7 @@ from autoprune.core.rundir import atomic_path, write_text
 from autoprune.tasks.data import DataSet
 from autoprune.tasks.metrics import accuracy
 from autoprune.trainers.layers import choices_of
-from autoprune.trainers.recipe import Recipe, augment, make_optimizer
+from autoprune.trainers.recipe import Recipe, augment, make_optimizer, mix, segment_factor
 from autoprune.trainers.schedule import TrainerError
 from autoprune.trainers.session import Session, SessionReport, attach
 
@@ -72,6 +72,27 @@ class TrainState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     log: list[Epoch]
     session: Session | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """Labels of a batch, and those mixed into them: ``share`` of the first, the rest of the second."""
+
+    labels: Tensor
+    partners: Tensor | None = None
+    share: float = 1.0
+
+    def to(self, device: torch.device) -> Mixed:
+        """Return the labels on a device."""
+        partners = None if self.partners is None else self.partners.to(device)
+        return Mixed(self.labels.to(device), partners, self.share)
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Return the cross-entropy of ``logits`` (N, classes)."""
+        own = nn.functional.cross_entropy(logits, self.labels)
+        if self.partners is None:
+            return own
+        return self.share * own + (1.0 - self.share) * nn.functional.cross_entropy(logits, self.partners)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,16 +173,9 @@ def _start(model: nn.Module, data: DataSet, identity: _Identity) -> TrainState:
     recipe, pruning = identity.recipe, identity.pruning
     steps = steps_per_epoch(data, recipe)
     optimizer = make_optimizer(model, recipe)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        recipe.peak_lr,
-        total_steps=steps * recipe.epochs,
-        pct_start=recipe.rise,
-        cycle_momentum=False,
-    )
-    state = TrainState(model, optimizer, scheduler, [])
+    session = None
     if pruning is not None:
-        state.session = attach(
+        session = attach(
             model,
             optimizer,
             pruning.policy,
@@ -171,7 +185,11 @@ def _start(model: nn.Module, data: DataSet, identity: _Identity) -> TrainState:
             settings=pruning.settings,
             example=data.normalize(data.validation.images[:1]),
         )
-    return state
+    restarts = [] if session is None else [(restart.epoch, restart.scale) for restart in session.method.restarts]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: segment_factor(recipe, restarts, step, steps)
+    )
+    return TrainState(model, optimizer, scheduler, [], session)
 
 
 def _train_epoch(state: TrainState, data: DataSet, recipe: Recipe, seed: int) -> float:
@@ -186,14 +204,18 @@ def _train_epoch(state: TrainState, data: DataSet, recipe: Recipe, seed: int) ->
         torch.manual_seed(seed)
         for step in range(steps):
             index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-            images = data.normalize(augment(data.train.images[index], recipe, generator)).to(device)
-            total += _train_step(state, images, data.train.labels[index].to(device), recipe)
+            images = data.normalize(augment(data.train.images[index], recipe, generator))
+            mixed = Mixed(data.train.labels[index])
+            if recipe.mixup > 0 and len(state.log) >= recipe.mixup_start:
+                images, partner, share = mix(images, recipe.mixup, generator)
+                mixed = Mixed(mixed.labels, mixed.labels[partner], share)
+            total += _train_step(state, images.to(device), mixed.to(device), recipe)
     return float(total / steps)
 
 
-def _train_step(state: TrainState, images: Tensor, labels: Tensor, recipe: Recipe) -> Tensor:
+def _train_step(state: TrainState, images: Tensor, target: Mixed, recipe: Recipe) -> Tensor:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        loss = nn.functional.cross_entropy(state.model(images).float(), labels)
+        loss = target.loss(state.model(images).float())
     state.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
     state.optimizer.step()
@@ -207,7 +229,7 @@ def _device(model: nn.Module) -> torch.device:
 
 def _save(path: Path, state: TrainState, identity: _Identity) -> None:
     payload = {
-        "recipe": asdict(identity.recipe),
+        "recipe": identity.recipe.record(),
         "seed": identity.seed,
         "pruning": None if identity.pruning is None else identity.pruning.record(),
         "model": state.model.state_dict(),
@@ -231,13 +253,14 @@ def _load(path: Path, state: TrainState, identity: _Identity) -> None:
     except Exception:
         raise RunError(f"checkpoint {path} is damaged; delete it to train from the start.") from None
     pruning = None if identity.pruning is None else identity.pruning.record()
-    if found != (asdict(identity.recipe), identity.seed, pruning):
+    if found != (identity.recipe.record(), identity.seed, pruning):
         raise RunError(
             f"checkpoint {path} is of another recipe, seed or policy; give another --run name, or --fresh."
         )
+    # The session first: a method that takes channels out gives the model the shapes of its weights.
+    if state.session is not None:
+        state.session.load_state_dict(payload["session"])
     state.model.load_state_dict(payload["model"])
     state.optimizer.load_state_dict(payload["optimizer"])
     state.scheduler.load_state_dict(payload["scheduler"])
-    if state.session is not None:
-        state.session.load_state_dict(payload["session"])
     state.log.extend(log)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from autoprune.core.choices import Choice
 from autoprune.core.registry import Registry, unknown_name
@@ -31,6 +32,8 @@ class PrunedLayer:
         choice: Never dense.
         mask: Which weights stay, boolean; None while the layer is still dense.
         factor: The mask in the weight's dtype and memory format.
+        straight: Whether gradients pass the mask: removed weights go on learning, and only the forward pass lacks them.
+        companions: Vectors (K,) that die with their filter: its bias, the scale and shift of the BatchNorm behind it.
     """
 
     name: str
@@ -38,11 +41,23 @@ class PrunedLayer:
     choice: Choice
     mask: Tensor | None = None
     factor: Tensor | None = None
+    straight: bool = False
+    companions: list[nn.Parameter] = field(default_factory=list)
 
     def set_mask(self, mask: Tensor) -> None:
         """Take ``mask`` from now on."""
         self.mask = mask
         self.factor = torch.empty_like(self.parameter, requires_grad=False).copy_(mask)
+
+    def factors(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return every parameter that the mask covers with its 0/1 factor: the weight, then the companions."""
+        if self.mask is None or self.factor is None:
+            return []
+        pairs = [(self.parameter, self.factor)]
+        if self.companions:
+            alive_K = self.mask.flatten(1).any(1)
+            pairs += [(vector, alive_K.to(vector.dtype)) for vector in self.companions]
+        return pairs
 
     def living_score(self) -> Tensor:
         """Return |w| in float32 with −1 at removed weights, which ranks them below every zero that is still alive."""
@@ -57,11 +72,39 @@ class Clock:
     steps_per_epoch: int
     epochs: int
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.steps_per_epoch * self.epochs
+
     def __post_init__(self) -> None:
         if self.steps_per_epoch < 1 or self.epochs < 1:
             raise TrainerError(
                 f"steps_per_epoch={self.steps_per_epoch}, epochs={self.epochs}: both must be whole numbers above 0."
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a session prunes, for methods that touch more than the policy's weights.
+
+    Attributes:
+        model: Without wrappers.
+        optimizer: Steps its parameters.
+        wrapped: Whether training runs it inside a data-parallel wrapper.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    wrapped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """An epoch at which a method wants the learning-rate schedule to begin anew, at ``scale`` of its height."""
+
+    epoch: int
+    scale: float = 1.0
 
 
 class Method(ABC):
@@ -75,10 +118,43 @@ class Method(ABC):
 
     name: ClassVar[str]
     settings_class: ClassVar[type[Any]]
+    monotone: ClassVar[bool] = True
+    """Whether a removed weight never returns."""
+    kinds: ClassVar[tuple[type[Choice], ...]] = (Choice,)
+    """Kinds of choices that it can execute."""
 
     def __init__(self, layers: Sequence[PrunedLayer], clock: Clock, settings: object | None) -> None:
         self.layers = layers
         self.clock = clock
+        for layer in layers:
+            if not isinstance(layer.choice, self.kinds):
+                allowed = ", ".join(sorted(kind.kind for kind in self.kinds))
+                raise TrainerError(
+                    f"trainer '{self.name}' cannot execute {layer.choice.text} of layer '{layer.name}'; it takes: "
+                    f"{allowed}. Give --trainer clicktrain or campfire, which take every choice."
+                )
+
+    def bind(self, subject: Subject) -> None:
+        """Take the model and the optimizer; called once, when the session is made."""
+        return
+
+    def observe(self, example: Tensor) -> None:
+        """Take one input of the model; called once before the first step, where an input is known by then."""
+        return
+
+    @property
+    def restarts(self) -> tuple[Restart, ...]:
+        """Where the learning-rate schedule begins anew; the built-in loop follows it."""
+        return ()
+
+    @property
+    def scoring_passes(self) -> float:
+        """Dense forward and backward passes spent on scores beside what a step under the masks computes."""
+        return 0.0
+
+    def closing(self) -> None:
+        """Leave the model as it was given, but for its weights; called by the session's ``finalize``."""
+        return
 
     @abstractmethod
     def phase(self, epoch: int) -> str:
@@ -107,7 +183,7 @@ class Method(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: State) -> None:
-        """Take ``state_dict``'s answer; the layers' masks are already back."""
+        """Take ``state_dict``'s answer; the session gives the layers their masks after this."""
 
 
 METHODS: Registry[type[Method]] = Registry("trainer")

@@ -1,4 +1,7 @@
-"""ClickTrain's modified group lasso as analytic gradients (METHODS §2.4).
+"""Penalties on weights as analytic gradients: group lasso over any grouping, L1 and L2.
+
+Of the group lasso, ClickTrain's modified one is the best known (METHODS §2.4); PruneTrain's takes whole filters and
+channels.
 
 ``λ Σ_groups ‖w ⊙ removed‖`` with ``‖v‖ = sqrt(Σ v² + ε)``, so a weight's gradient is ``λ·w·removed / ‖w ⊙ removed‖``.
 Nothing passes through autograd. Groups of one size are computed together, whatever layer they belong to: a step costs
@@ -9,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 EPSILON = 1e-8
+
+Grouping = Literal["kernel", "filter", "channel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +29,14 @@ class Term:
     Attributes:
         parameter: (K, C, R, S) or (O, I).
         removed: Boolean, same shape: weights that the term pulls to zero.
-        filters: Filters that share one norm at one weight position; 1 groups each kernel's window instead.
+        filters: Filters that share one norm at one weight position; 1 groups by ``by`` instead.
+        by: One norm for each ``kernel``'s window, each whole ``filter``, or each input ``channel`` of the layer.
     """
 
     parameter: nn.Parameter
     removed: Tensor
     filters: int = 1
+    by: Grouping = "kernel"
 
 
 class GroupLasso:
@@ -71,11 +79,11 @@ class _Batch:
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self.terms = terms
-        self.removed_GN = torch.cat([_rows(term.removed, term.filters).float() for term in terms])
-        self.counts = [_rows(term.removed, term.filters).shape[0] for term in terms]
+        self.removed_GN = torch.cat([_rows(term.removed, term).float() for term in terms])
+        self.counts = [_rows(term.removed, term).shape[0] for term in terms]
 
     def gated(self) -> Tensor:
-        rows = [_rows(term.parameter, term.filters) for term in self.terms]
+        rows = [_rows(term.parameter, term) for term in self.terms]
         return torch.cat(rows).float() * self.removed_GN
 
     def add(self, gradient_GN: Tensor) -> None:
@@ -93,11 +101,14 @@ def _norm(gated_GN: Tensor, epsilon: float) -> Tensor:
     return gated_GN.square().sum(1, keepdim=True).add_(epsilon).sqrt_()
 
 
-def _rows(value: Tensor, filters: int) -> Tensor:
-    """Return (G, N): the kernels' windows, or the ``filters`` weights of each block, zero-filled at a short end."""
+def _rows(value: Tensor, term: Term) -> Tensor:
+    """Return (G, N): the weights of each group; the ``filters`` weights of a block are zero-filled at a short end."""
     k, c = value.shape[:2]
-    if filters == 1:
+    filters = term.filters
+    if filters == 1 and term.by == "kernel":
         return value.reshape(k * c, -1)
+    if filters == 1:
+        return value.reshape(k, -1) if term.by == "filter" else value.transpose(0, 1).reshape(c, -1)
     flat_KD = value.reshape(k, -1)
     short = -k % filters
     if short:
@@ -107,6 +118,8 @@ def _rows(value: Tensor, filters: int) -> Tensor:
 
 def _unrows(rows_GN: Tensor, term: Term) -> Tensor:
     shape = term.parameter.shape
+    if term.filters == 1 and term.by == "channel":
+        return rows_GN.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
     if term.filters == 1:
         return rows_GN.reshape(shape)
     columns = shape[1:].numel()
@@ -117,7 +130,7 @@ def _unrows(rows_GN: Tensor, term: Term) -> Tensor:
 def _by_size(terms: Sequence[Term]) -> list[list[Term]]:
     batches: dict[tuple[int, torch.device], list[Term]] = {}
     for term in terms:
-        size = term.filters if term.filters > 1 else term.parameter[0, 0].numel()
+        size = term.filters if term.filters > 1 else _rows(term.removed, term).shape[1]
         batches.setdefault((size, term.parameter.device), []).append(term)
     return list(batches.values())
 
@@ -132,3 +145,43 @@ def _rounds(grads: Sequence[Tensor]) -> list[list[int]]:
             rounds.append([])
         rounds[turn].append(index)
     return rounds
+
+
+class Decay:
+    """``l1·Σ|w| + l2/2·Σw²`` over some parameters.
+
+    Args:
+        parameters: Of any shape.
+        l1, l2: Strengths.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], l1: float, l2: float = 0.0) -> None:
+        self.parameters, self.l1, self.l2 = parameters, l1, l2
+
+    @torch.no_grad()
+    def add_gradients(self, scale: float | Tensor = 1.0) -> None:
+        """Add the gradient ``l1·sign(w) + l2·w`` to each parameter that has one already."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                pull = self.l1 * parameter.sign() + self.l2 * parameter
+                parameter.grad.add_((pull * scale).to(parameter.grad.dtype))
+
+
+class Pull:
+    """``ρ/2·Σ‖W − A‖²`` towards anchors A, one a parameter: ADMM's penalty with A = Z − U.
+
+    Args:
+        anchors: Parameter and its anchor of the same shape, float32.
+        rho: ρ.
+    """
+
+    def __init__(self, anchors: Sequence[tuple[nn.Parameter, Tensor]], rho: float) -> None:
+        self.anchors, self.rho = anchors, rho
+
+    @torch.no_grad()
+    def add_gradients(self, scale: float | Tensor = 1.0) -> None:
+        """Add the gradient ``ρ·(W − A)`` to each parameter that has one already."""
+        for parameter, anchor in self.anchors:
+            if parameter.grad is not None:
+                pull = (parameter.float() - anchor) * (self.rho * scale)
+                parameter.grad.add_(pull.to(parameter.grad.dtype))

@@ -7,27 +7,34 @@ network is timed against every dense execution. Each part is kept in the run's f
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from autoprune.core.choices import CK, Block, Channels, Choice, Fine, Tile
+from autoprune.core.errors import DeviceError, ModelError
+from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.core.progress import Progress, Silent
 from autoprune.core.rundir import RunDir, atomic_path, write_text
-from autoprune.kernels.convert import convert
+from autoprune.kernels.convert import convert, is_masked
 from autoprune.lut.bench import bench_deployed
 from autoprune.search_spaces.trace import trace
+from autoprune.search_spaces.uniform import uniform_policy
 from autoprune.tasks.data import DataSet, load_data
 from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.models import build_model, load_weights
+from autoprune.trainers.dead_channels import eliminate_dead_channels
 from autoprune.trainers.loop import Epoch, Pruning, Trained, train, write_metrics
 from autoprune.trainers.recipe import Recipe
+from autoprune.trainers.result import Deployment, Savings, TrainedAccuracy, TrainResult
 from autoprune.trainers.schedule import TrainerError
+
+__all__ = ["TrainRequest", "TrainResult", "make_uniform", "train_policy"]
 
 CONTROL_NAME = "dense"
 
@@ -39,7 +46,7 @@ class TrainRequest:
     Attributes:
         model, data: Names as on the command line.
         policy: None trains dense.
-        trainer: ``clicktrain`` or ``campfire``.
+        trainer: A name of ``METHODS``.
         settings: Of the trainer, by field name.
         recipe: Epochs included.
         seed: Of the first weights, of order and augmentation.
@@ -50,6 +57,7 @@ class TrainRequest:
         batch, threads: Of the deployed network when it is timed.
         bench_seconds: How long it is timed; 0 leaves timing out.
         compile: Whether ``torch.compile`` is among the dense executions.
+        device: Where training runs, ``cpu`` or ``cuda``.
     """
 
     model: str
@@ -67,6 +75,7 @@ class TrainRequest:
     threads: int = 1
     bench_seconds: float = 10.0
     compile: bool = True
+    device: str = "cpu"
 
     def config(self) -> dict[str, object]:
         """Return what determines the trained weights, as JSON values: the configuration of the run's folder."""
@@ -77,69 +86,10 @@ class TrainRequest:
             "data": self.data,
             "embedded": self.embedded,
             "pruning": pruning,
-            "recipe": asdict(self.recipe),
+            "recipe": self.recipe.record(),
             "seed": self.seed,
             "init": None if self.init is None else str(self.init),
         }
-
-
-class TrainedAccuracy(BaseModel):
-    """Top-1 in 0..1 after the last epoch; test data serves no choice."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    validation: float
-    test: float
-
-
-class Savings(BaseModel):
-    """What the policy removed, on the trained weights; definitions as in ``sparsity.metrics``."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    sparsity: dict[str, float]
-    prunable_sparsity: float
-    global_sparsity: float
-    conv_compression: float
-    all_compression: float
-    storage_ratio: float
-    inference_macs_saved: float | None
-    training_macs_saved: float | None
-    phases: list[tuple[str, int, int]]
-
-
-class Deployment(BaseModel):
-    """Latency of the deployed network in µs a batch (medians), beside every dense execution of the same process."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    latency_us: float
-    references: dict[str, float]
-    absent_references: dict[str, str]
-    fastest_reference: str
-    ratio: float
-    validation_accuracy: float
-    layers: list[tuple[str, str, str, str]]
-    batch: int
-    threads: int
-
-
-class TrainResult(BaseModel):
-    """A finished training; ``delta`` is pruned − dense validation accuracy under one recipe."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    data: str
-    trainer: str
-    epochs: int
-    seed: int
-    accuracy: TrainedAccuracy
-    dense: TrainedAccuracy | None = None
-    delta: float | None = None
-    savings: Savings | None = None
-    deployment: Deployment | None = None
-    seconds: dict[str, float]
 
 
 def train_policy(request: TrainRequest, run: RunDir, progress: Progress | None = None) -> TrainResult:
@@ -172,7 +122,7 @@ def train_policy(request: TrainRequest, run: RunDir, progress: Progress | None =
         epochs=request.recipe.epochs,
         seed=request.seed,
         accuracy=_judge(model, data, trained.log),
-        savings=_savings(trained),
+        savings=_savings(trained, model),
         seconds={"train": sum(entry.seconds for entry in trained.log)},
     )
     if control is not None:
@@ -190,7 +140,28 @@ def _first_weights(request: TrainRequest, data: DataSet) -> nn.Module:
         model = build_model(request.model, data.train.images.shape[1], data.classes)
     if request.init is not None:
         load_weights(model, request.init)
-    return model
+    return model.to(_device(request.device))
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise DeviceError(f"--device '{name}': training runs on cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda: this machine has no usable NVIDIA GPU; train with --device cpu.")
+    return torch.device(name)
+
+
+def make_uniform(model: str, data: str, texts: Sequence[str]) -> Policy:
+    """Return a policy without a search for a built-in network; see ``search_spaces.uniform``.
+
+    Args:
+        model, data: Names as on the command line.
+        texts: Choices in their text form; each layer takes the first that fits.
+    """
+    data_set = load_data(data)
+    network = build_model(model, data_set.train.images.shape[1], data_set.classes)
+    layers = trace(network, data_set.normalize(data_set.validation.images[:1]))
+    return uniform_policy(layers, texts, model=model)
 
 
 def _train(
@@ -215,7 +186,7 @@ def _train(
         model, data, request.recipe, seed=request.seed, pruning=pruning, checkpoint=run.checkpoint, on_epoch=tell
     )
     with atomic_path(run.weights) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, temporary)
     return trained
 
 
@@ -227,19 +198,31 @@ def _add_control(
     result.dense = _judge(control, data, trained.log)
     result.delta = result.accuracy.validation - result.dense.validation
     result.seconds["dense control"] = sum(entry.seconds for entry in trained.log)
+    if result.savings is not None and result.seconds["dense control"] > 0:
+        result.savings.training_time_saved = 1.0 - result.seconds["train"] / result.seconds["dense control"]
 
 
 def _judge(model: nn.Module, data: DataSet, log: list[Epoch]) -> TrainedAccuracy:
-    test = accuracy(model, data.normalize(data.test.images), data.test.labels)
-    return TrainedAccuracy(validation=log[-1].validation_accuracy, test=test)
+    device = next(model.parameters()).device
+    test = accuracy(model, data.normalize(data.test.images).to(device), data.test.labels.to(device))
+    # Before the masks were final it was another network.
+    final = [entry for entry in log if entry.sparsity == log[-1].sparsity]
+    best = max(final, key=lambda entry: entry.validation_accuracy)
+    return TrainedAccuracy(
+        validation=log[-1].validation_accuracy,
+        test=test,
+        best_validation=best.validation_accuracy,
+        best_epoch=best.epoch,
+    )
 
 
-def _savings(trained: Trained) -> Savings | None:
+def _savings(trained: Trained, model: nn.Module) -> Savings | None:
     report = trained.report
     if report is None:
         return None
     counts = report.sparsity
     return Savings(
+        nominal_sparsity={layer.name: layer.nominal for layer in counts.layers},
         sparsity={layer.name: layer.sparsity for layer in counts.layers},
         prunable_sparsity=counts.prunable_sparsity,
         global_sparsity=counts.global_sparsity,
@@ -248,8 +231,41 @@ def _savings(trained: Trained) -> Savings | None:
         storage_ratio=counts.storage_ratio,
         inference_macs_saved=counts.inference_macs_saved,
         training_macs_saved=report.training_macs_saved,
+        scoring_passes=report.scoring_passes,
+        dead_channels=_dead_channels(model),
         phases=[(phase.name, phase.first_epoch, phase.steps) for phase in report.phases],
     )
+
+
+def _dead_channels(model: nn.Module) -> dict[str, int] | None:
+    """Return layer → channels that can leave losslessly; None where the model cannot be traced for them."""
+    try:
+        _, eliminated = eliminate_dead_channels(copy.deepcopy(model).cpu())
+    except ModelError:
+        return None
+    counts: dict[str, int] = {}
+    for found in eliminated:
+        counts[found.layer] = counts.get(found.layer, 0) + len(found.channels)
+    return counts
+
+
+def as_trained(model: nn.Module, policy: Policy) -> dict[str, Choice]:
+    """Return a policy's choices with the density reached in each layer, where a method learnt the split over layers.
+
+    Args:
+        model: Trained under the policy.
+        policy: Its choices of equal units are adjusted where a layer kept more than its own.
+    """
+    found = dict(policy.choices)
+    for name, choice in found.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        weight = layer.weight.detach()
+        shape = tuple(int(size) for size in weight.shape)
+        spec = LayerSpec(name, "conv" if len(shape) == 4 else "linear", shape)
+        if isinstance(choice, Fine | Block | Tile | CK | Channels) and not is_masked(weight, spec, choice):
+            found[name] = replace(choice, keep=int(torch.count_nonzero(weight)) / weight.numel())
+    return found
 
 
 def _deploy(
@@ -260,9 +276,9 @@ def _deploy(
     images: Tensor = data.normalize(data.validation.images)
     example = images[: request.batch].contiguous()
     # The kernels read weights in row-major order; training left them channels-last.
-    pruned = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()
-    dense = pruned if control is None else copy.deepcopy(control).to(memory_format=torch.contiguous_format).eval()
-    deployed = convert(pruned, request.policy, example, threads=request.threads)
+    pruned = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
+    dense = pruned if control is None else copy.deepcopy(control).cpu().to(memory_format=torch.contiguous_format).eval()
+    deployed = convert(pruned, as_trained(pruned, request.policy), example, threads=request.threads)
     timed = bench_deployed(
         dense, deployed, example, request.threads, request.bench_seconds, compile=request.compile
     )

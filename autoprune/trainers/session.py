@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,46 +22,32 @@ from autoprune.core.errors import ModelError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.search_spaces.trace import trace
-from autoprune.sparsity.metrics import SparsityReport, summarise, training_macs_saved
-from autoprune.trainers import campfire, clicktrain
+from autoprune.sparsity.metrics import summarise, training_macs_saved
+from autoprune.trainers import (
+    admm,
+    campfire,
+    clicktrain,
+    dynamic,
+    ese,
+    lottery,
+    magnitude,
+    nm,
+    prunetrain,
+    slimming,
+    snip,
+)
+from autoprune.trainers.execution import Chooser, Execution
 from autoprune.trainers.layers import choices_of, inner_module, pruned_layers
-from autoprune.trainers.method import METHODS, Clock, Method, State
+from autoprune.trainers.method import METHODS, Clock, Method, State, Subject
 from autoprune.trainers.schedule import TrainerError
+from autoprune.trainers.session_report import Phase, SessionReport
 
-__all__ = ["Phase", "Session", "SessionReport", "attach", "campfire", "clicktrain"]
+__all__ = ["MODULES", "Phase", "Session", "SessionReport", "attach"]
 
 STATE_VERSION = 1
 
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """A stretch of training: its name, first epoch and optimizer steps."""
-
-    name: str
-    first_epoch: int
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class SessionReport:
-    """What a training under a policy came to.
-
-    Attributes:
-        method: Name of the trainer.
-        steps: Optimizer steps taken.
-        finished: Whether the policy's final masks were reached; if not, the training was stopped too early.
-        phases: In order.
-        sparsity: Counts per layer and of the network, inference MACs saved included.
-        training_macs_saved: Fraction of a dense training's MACs that the masks made unnecessary; None when the layers'
-            feature-map sizes stayed unknown (no example given, and the model does not run on its first argument alone).
-    """
-
-    method: str
-    steps: int
-    finished: bool
-    phases: tuple[Phase, ...]
-    sparsity: SparsityReport
-    training_macs_saved: float | None
+# Importing a method's module is what registers it.
+MODULES = (admm, campfire, clicktrain, dynamic, ese, lottery, magnitude, nm, prunetrain, slimming, snip)
 
 
 def attach(
@@ -83,7 +69,7 @@ def attach(
         policy: A policy, or layer names → choices.
         steps_per_epoch: Optimizer steps of one epoch (batches over accumulation steps).
         epochs: Length of the training, by which the method's phases are laid out.
-        method: ``clicktrain`` or ``campfire``.
+        method: A name of ``METHODS``, such as ``clicktrain``, ``campfire``, ``agp`` or ``rigl``.
         settings: The method's settings dataclass, a mapping of some of its fields, or None.
         example: One input with batch dimension, by which the policy is checked at once; without it the first batch is
             used, and a mismatch shows in the first step.
@@ -117,12 +103,17 @@ class Session:
         self._policy = policy
         self._layers = pruned_layers(self.model, choices_of(policy))
         self.method = method(self._layers, clock, settings)
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+        self.method.bind(Subject(self.model, optimizer, wrapped))
         self._specs: tuple[LayerSpec, ...] | None = None
         self._example: Tensor | None = None
         self._phases: list[Phase] = []
-        self._kept: dict[str, int] = {layer.name: layer.parameter.numel() for layer in self._layers}
+        # Of the shapes at the start: a method may take dead channels out on the way.
+        self._sizes: dict[str, int] = {layer.name: layer.parameter.numel() for layer in self._layers}
+        self._kept = dict(self._sizes)
         self._kept_steps: dict[str, int] = dict.fromkeys(self._kept, 0)
         self._reset_state = False
+        self._execution: Execution | None = None
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -131,7 +122,8 @@ class Session:
             self._learn_shapes(example)
         else:
             # On the module that the user calls: a hook inside a compiled graph would break it.
-            self._handles.append(model.register_forward_pre_hook(self._see_input))
+            self._look = model.register_forward_pre_hook(self._see_input)
+            self._handles.append(self._look)
 
     @property
     def epoch(self) -> int:
@@ -151,13 +143,35 @@ class Session:
     @property
     def sparsity(self) -> float:
         """Fraction of the policy's weights that the masks have removed by now."""
-        weights = sum(layer.parameter.numel() for layer in self._layers)
+        weights = sum(self._sizes.values())
         return 1.0 - sum(self._kept.values()) / weights if weights else 0.0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the masks are final and removed weights no longer learn."""
+        return self.method.finished() and not any(layer.straight for layer in self._layers)
+
+    @property
+    def sparse_layers(self) -> tuple[str, ...]:
+        """Names of the layers that run on sparse kernels at the moment."""
+        return () if self._execution is None else tuple(self._execution.running)
+
+    def run_sparse(self, choose: Chooser) -> None:
+        """Run layers on sparse kernels, forward and backward, as soon as their masks are final; see ``execution``.
+
+        Args:
+            choose: Returns the operator of a layer, or None to leave it dense.
+        """
+        if self._execution is not None:
+            self._execution.stop()
+        self._execution = Execution(self.model, choose)
+        self._start_sparse()
 
     def finalize(self) -> SessionReport:
         """Set removed weights to zero once more, take the hooks off, and return what the training came to."""
         self._mask_weights()
         self.detach()
+        self.method.closing()
         weights = {
             name: module.weight.detach()
             for name, module in self.model.named_modules()
@@ -166,9 +180,8 @@ class Session:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         saved = None
         if self._specs is not None:
-            sizes = {layer.name: layer.parameter.numel() for layer in self._layers}
-            density_steps = {name: self._kept_steps[name] / size for name, size in sizes.items()}
-            saved = training_macs_saved(self._specs, density_steps, self.steps)
+            density_steps = {name: self._kept_steps[name] / size for name, size in self._sizes.items()}
+            saved = training_macs_saved(self._specs, density_steps, self.steps, self.method.scoring_passes)
         return SessionReport(
             method=self.method.name,
             steps=self.steps,
@@ -176,10 +189,13 @@ class Session:
             phases=tuple(self._phases),
             sparsity=summarise(weights, choices_of(self._policy), parameters, self._specs),
             training_macs_saved=saved,
+            scoring_passes=self.method.scoring_passes,
         )
 
     def detach(self) -> None:
         """Take the hooks off; weights stay as they are. May be called twice."""
+        if self._execution is not None:
+            self._execution.stop()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -195,6 +211,7 @@ class Session:
             "masks": self.masks,
             "kept_steps": dict(self._kept_steps),
             "phases": [(phase.name, phase.first_epoch, phase.steps) for phase in self._phases],
+            "specs": None if self._specs is None else [asdict(spec) for spec in self._specs],
             "inner": self.method.state_dict(),
         }
 
@@ -216,18 +233,29 @@ class Session:
         if set(state["kept_steps"]) != set(self._kept_steps):
             raise TrainerError("session state is of another policy: it prunes other layers than this session.")
         self.steps = int(state["steps"])
+        if self._specs is None and state.get("specs") is not None:
+            self._specs = tuple(LayerSpec(**spec) for spec in state["specs"])
+        for layer in self._layers:
+            layer.mask = layer.factor = None
+        self.method.load_state_dict(state["inner"])
         for layer in self._layers:
             mask = state["masks"].get(layer.name)
-            layer.mask = layer.factor = None
             if mask is not None:
                 layer.set_mask(mask.to(layer.parameter.device))
         self._kept_steps = {name: int(value) for name, value in state["kept_steps"].items()}
         self._phases = [Phase(str(name), int(first), int(steps)) for name, first, steps in state["phases"]]
         self._count_kept()
-        self.method.load_state_dict(state["inner"])
+        if self._execution is not None:
+            self._execution.stop()
+        self._start_sparse()
+
+    def _start_sparse(self) -> None:
+        if self._execution is not None and self.frozen:
+            specs = {spec.name: spec for spec in self._specs or ()}
+            self._execution.start(self._layers, specs)
 
     def _see_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._example is None and self._specs is None and args and isinstance(args[0], Tensor):
+        if self._example is None and args and isinstance(args[0], Tensor):
             self._example = args[0].detach()[:1].clone()
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -235,6 +263,7 @@ class Session:
             return
         if self._example is not None:
             example, self._example = self._example, None
+            self._look.remove()
             # A model that takes more than its first argument trains on; only its MACs stay unknown.
             with contextlib.suppress(ModelError):
                 self._learn_shapes(example)
@@ -249,6 +278,7 @@ class Session:
         if self.method.after_step(self.steps):
             self._count_kept()
             self._reset_state = True
+            self._start_sparse()
         self._mask_weights()
         if self._reset_state:
             self._mask_optimizer()
@@ -256,11 +286,13 @@ class Session:
         self.steps += 1
 
     def _learn_shapes(self, example: Tensor) -> None:
-        parameter = next(self.model.parameters())
-        specs = trace(self.model, example.to(parameter.device))
-        if isinstance(self._policy, Policy):
-            self._policy.check_model(specs)
-        self._specs = specs
+        example = example.to(next(self.model.parameters()).device)
+        if self._specs is None:
+            specs = trace(self.model, example)
+            if isinstance(self._policy, Policy):
+                self._policy.check_model(specs)
+            self._specs = specs
+        self.method.observe(example)
 
     def _count_step(self) -> None:
         for name, kept in self._kept.items():
@@ -280,26 +312,26 @@ class Session:
 
     @torch.no_grad()
     def _mask_gradients(self) -> None:
-        pairs = [(layer.parameter.grad, layer.factor) for layer in self._layers if layer.factor is not None]
-        grads = [(grad, factor) for grad, factor in pairs if grad is not None]
+        masked = [pair for layer in self._layers if not layer.straight for pair in layer.factors()]
+        grads = [(parameter.grad, factor) for parameter, factor in masked if parameter.grad is not None]
         if grads:
             torch._foreach_mul_([grad for grad, _ in grads], [factor for _, factor in grads])
 
     @torch.no_grad()
     def _mask_weights(self) -> None:
-        masked = [layer for layer in self._layers if layer.factor is not None]
+        masked = [pair for layer in self._layers for pair in layer.factors()]
         if masked:
-            factors = [layer.factor for layer in masked if layer.factor is not None]
-            torch._foreach_mul_([layer.parameter for layer in masked], factors)
+            torch._foreach_mul_([parameter for parameter, _ in masked], [factor for _, factor in masked])
 
     @torch.no_grad()
     def _mask_optimizer(self) -> None:
         for layer in self._layers:
-            if layer.factor is None:
+            if layer.straight:
                 continue
-            for value in self.optimizer.state.get(layer.parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == layer.parameter.shape:
-                    value.mul_(layer.factor)
+            for parameter, factor in layer.factors():
+                for value in self.optimizer.state.get(parameter, {}).values():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        value.mul_(factor)
 
 
 def _overflowed(optimizer: Optimizer) -> bool:
