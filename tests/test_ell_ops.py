@@ -195,6 +195,8 @@ def test_wrong_inputs_are_refused() -> None:
         ELLConv2d.from_conv(nn.Conv2d(20, 20, 3, groups=20))
     with pytest.raises(ModelError, match="cannot be folded"):
         ELLConv2d.from_conv(_conv(), options=ELLOptions(master="packed", norm=nn.BatchNorm2d(40)))
+    with pytest.raises(ModelError, match="without running statistics"):
+        ELLConv2d.from_conv(_conv(), options=ELLOptions(norm=nn.BatchNorm2d(40, track_running_stats=False)))
 
 
 _LAYER = LayerSpec("conv", "conv", (256, 256, 3, 3), padding=(1, 1), input_hw=(14, 14), output_hw=(14, 14))

@@ -181,11 +181,12 @@ def launch_forward(
     image, row, column = strides8(x_NHWC)
     residual = (0, 0, 0) if residual_NHWC is None else strides8(residual_NHWC)
     # Without a bias nothing is read there, but the pointer must be one to float32.
-    biases = groups.view(torch.float32) if bias is None else bias.float().contiguous()
+    bias_ptr = groups.view(torch.float32) if bias is None else bias.float().contiguous()
+    biases, k8 = 0 if bias is None else shape.filters, out_NHWC.shape[3] // GROUP
     with on_device(x_NHWC):
         ell_forward[(cdiv(pixels, config.bm) * tiles,)](
-            x_NHWC, weight, groups, biases, residual_NHWC, out_NHWC,
-            pixels, pixels - 1, out_h, out_w, 0 if bias is None else shape.filters, out_NHWC.shape[3] // GROUP, steps, tiles,
+            x_NHWC, weight, groups, bias_ptr, residual_NHWC, out_NHWC,
+            pixels, pixels - 1, out_h, out_w, biases, k8, steps, tiles,
             image, row, column, shape.stride[0] * row, shape.stride[1] * column,
             *residual, *(s // GROUP for s in out_NHWC.stride()[:3]), *shape.ring, 0.0 if shape.relu else -math.inf,
             BM=config.bm, BN=config.bn, BK=config.bk,

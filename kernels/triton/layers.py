@@ -105,6 +105,10 @@ class ELLConv2d(nn.Module):
         weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
         mask = weight != 0 if mask is None else mask
         if options.norm is not None:
+            if options.norm.running_mean is None:
+                raise ModelError(
+                    "ELLConv2d: a BatchNorm without running statistics cannot be folded; keep it as a module."
+                )
             if options.master != "frozen":
                 raise ModelError(
                     f"ELLConv2d: a BatchNorm cannot be folded into a layer that trains (master='{options.master}'); "
