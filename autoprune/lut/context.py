@@ -94,7 +94,7 @@ def _gpu_context(batch: int, direction: Literal["forward", "training"]) -> Conte
         "torch": version("torch"),
         "triton": _installed("triton"),
         "cuda": str(torch.version.cuda or "none"),
-        "cudnn": str(torch.backends.cudnn.version() or "none"),
+        "cudnn": str(torch.backends.cudnn.version() or "none"),  # type: ignore[no-untyped-call]
     }
     return Context(
         device="cuda",

@@ -161,7 +161,7 @@ class CudaBackend:
 
     def warm_up(self, calls: Sequence[Call]) -> None:
         # On a stream of their own, as capture demands of what a library allocates lazily.
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for call in calls:
@@ -192,7 +192,7 @@ class CudaBackend:
         self._scratch.zero_()
 
     def _timed(self, run: Callable[[], None]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         _idle(_HEAD_START_CYCLES)
         start.record()
         run()

@@ -8,8 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from autoprune.lut.context import Context
 
-NEWEST_SCHEMA = 2
-
 
 class _Growing(BaseModel):
     """A record whose later fields are written only where they say something, so that older files keep their hash."""
@@ -153,7 +151,7 @@ class TableFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    schema_version: Literal[1, 2] = NEWEST_SCHEMA
+    schema_version: Literal[1, 2] = 2
     context: Context
     calibration: Calibration | None = None
     whole: Whole | None = None

@@ -4,7 +4,7 @@ The floor is the larger of the arithmetic that stays at the device's peak and th
 peak; nothing can run faster from memory. The prediction adds what a tiled implicit GEMM loses: idle multiprocessors in
 the last wave, filling and draining each tile's pipeline, tiles narrower than the tensor cores like, and the launch.
 
-Legend: M output pixels of the batch, N filters, K kept weights per filter; a tile covers BM × BN, stepping BK at a time.
+Legend: M output pixels of the batch, N filters, K kept weights per filter; a tile is BM × BN and steps BK at a time.
 """
 
 from __future__ import annotations
