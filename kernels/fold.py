@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from autoprune.core.errors import ModelError
 from autoprune.kernels.plan_ops import norm_terms
@@ -41,9 +41,15 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return graph
 
 
-def _fold_into(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+def fold_norm(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return the float32 weight and bias of a layer followed by an inference BatchNorm."""
     scale, shift = norm_terms(norm)
     weight = layer.weight.detach().double() * scale.reshape(-1, *[1] * (layer.weight.dim() - 1))
     bias = torch.zeros_like(shift) if layer.bias is None else layer.bias.detach().double()
-    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
-    layer.bias = nn.Parameter((bias * scale + shift).float(), requires_grad=False)
+    return weight.float(), (bias * scale + shift).float()
+
+
+def _fold_into(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+    weight, bias = fold_norm(layer, norm)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = nn.Parameter(bias, requires_grad=False)
