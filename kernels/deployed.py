@@ -6,7 +6,6 @@ Called like the model it came from, for inference only.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from autoprune.core.errors import ModelError
 from autoprune.kernels.cpu.program import Program
+from autoprune.kernels.dispatch import Decision
 from autoprune.kernels.modules import FrozenModule, check_input
 from autoprune.kernels.plan import Plan
 from autoprune.kernels.plan_ops import PlanRefusal, Value
@@ -34,16 +34,6 @@ def tile_of(batch: int, image_bytes: int, threads: int = 1) -> int:
     """
     most = max(1, min(batch, threads * max(2 if threads > 1 else 1, _TILE_BYTES // max(image_bytes, 1))))
     return next((size for size in range(most, most // 2, -1) if batch % size == 0), most)
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What became of one layer: its choice, the kernel that runs it, and why."""
-
-    layer: str
-    choice: str
-    kernel: str
-    why: str
 
 
 class DeployedModel(FrozenModule):

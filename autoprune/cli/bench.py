@@ -14,6 +14,7 @@ import typer
 from autoprune.cli import options
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import Tensor
 
     from autoprune.core.policy import Policy
@@ -154,6 +155,7 @@ def _print_record(subject: _Subject, policy: Policy, result: BenchResult, seed: 
             "ratio": result.ratio,
             "samples": {"taken": result.taken, "dropped": result.dropped},
             "build_seconds": result.build_seconds,
+            "layers": result.decisions,
             "context": current_context(result.batch, result.threads),
         }
     )
@@ -177,7 +179,24 @@ def _show(result: BenchResult) -> None:
         times = [significant(value) for value in (spread.p20, spread.p50, spread.p80)]
         table.add_row(name, *times, f"{spread.p50 / fastest:.2f}", style="bold" if name == "deployed" else "")
     console.print(table)
+    _show_layers(console, result)
     for name, why in result.absent.items():
         console.print(f"{name}: {why}", markup=False)
     kept = f"{result.taken - result.dropped} of {result.taken} samples kept"
     console.print(f"batch {result.batch}, {result.threads} threads, {kept}", markup=False)
+
+
+def _show_layers(console: Console, result: BenchResult) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("layer", "choice", "kernel", "why"):
+        table.add_column(column, overflow="fold")
+    for decision in result.decisions:
+        if decision.choice != "dense":
+            words = (decision.layer, decision.choice, decision.kernel, decision.why)
+            table.add_row(*(Text(word) for word in words))
+    if table.row_count:
+        console.print(table)

@@ -16,6 +16,7 @@ from autoprune.core.policy import Policy
 from autoprune.kernels.convert import convert
 from autoprune.kernels.dense import dense_references, runners
 from autoprune.kernels.deployed import DeployedModel
+from autoprune.kernels.dispatch import Decision, LatencyRows
 from autoprune.lut.deploy import masked_copy
 from autoprune.lut.measure import Spread, machine, measure
 
@@ -33,6 +34,7 @@ class BenchResult:
         build_seconds: What each reference took to build.
         taken, dropped: Samples in all, and those left out because the machine was disturbed.
         batch, threads: What was timed.
+        decisions: What runs each layer of the pruned network, and why.
     """
 
     deployed: Spread
@@ -43,6 +45,7 @@ class BenchResult:
     dropped: int
     batch: int
     threads: int
+    decisions: tuple[Decision, ...] = ()
 
     @property
     def best(self) -> str:
@@ -89,6 +92,7 @@ def bench(
     seconds: float = 10.0,
     *,
     compile: bool = True,
+    table: LatencyRows | None = None,
 ) -> BenchResult:
     """Time the deployed network against every dense execution, in turn.
 
@@ -99,12 +103,13 @@ def bench(
         threads: Threads each execution may use.
         seconds: How long to measure, building not counted.
         compile: Include ``torch.compile``, which takes tens of seconds to build.
+        table: Measured rows; layers that they say are faster dense run dense.
     Raises:
         PolicyError: The policy does not fit the model.
         MeasurementError: No dense execution runs on this machine.
     """
     choices = dict(policy.choices) if isinstance(policy, Policy) else dict(policy)
-    deployed = convert(masked_copy(model, choices), choices, example_batch, threads=threads)
+    deployed = convert(masked_copy(model, choices), choices, example_batch, table, threads)
     return bench_deployed(model, deployed, example_batch, threads, seconds, compile=compile)
 
 
@@ -135,6 +140,7 @@ def bench_deployed(
         dropped=result.dropped,
         batch=int(example_batch.shape[0]),
         threads=threads,
+        decisions=deployed.decisions,
     )
 
 

@@ -56,7 +56,7 @@ def _blocks(conv: Conv, memory: Memory) -> tuple[list[Row], int]:
         for moved in (Field.OUT, Field.BIAS, *((Field.RES,) if conv.epilogue.residual is not None else ())):
             row[moved] += 4 * first
         rows.append(row)
-        size += packed.size_bytes
+        size += packed.nbytes
     return rows, size
 
 

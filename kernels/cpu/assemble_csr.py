@@ -56,7 +56,7 @@ def csr_rows(conv: Conv, memory: Memory, work: Work) -> tuple[list[Row], int]:
     if residual is not None:
         row[Field.RES] = memory.base[residual.index]
         row[Field.RES_PIXELS] = memory.keep(_targets(pixels, memory.strides[residual.index]))
-    return [planar, row], packed.size_bytes
+    return [planar, row], packed.nbytes
 
 
 def _sources(conv: Conv, layout: PlaneLayout, strides: Strides) -> npt.NDArray[np.int32]:

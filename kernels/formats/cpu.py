@@ -6,11 +6,14 @@ its filter. A linear weight (out, in) is packed as (out, in, 1, 1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+
+from autoprune.kernels.formats.packed import gather, kept_mask, transposed_weight
+from autoprune.kernels.formats.rows import SparseRows, launch_order
 
 ALIGNMENT = 64
 CHANNEL_CHUNK = 16  # 16 float32 channels are one cache line of a channels-last map
@@ -80,9 +83,36 @@ class Blocked:
         return dense.reshape(groups * self.block, c, r, s)[:k]
 
     @property
-    def size_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of pointers, positions and values."""
         return self.row_ptr.nbytes + self.positions.nbytes + self.values.nbytes
+
+    def gather_index(self) -> npt.NDArray[np.int64]:
+        """Return the place in the flat KCRS weight of every value, (blocks, block).
+
+        The zero filters of a short last group have the number of weights, one past the end.
+        """
+        columns = int(np.prod(self.shape[1:]))
+        group = np.repeat(np.arange(len(self.row_ptr) - 1), np.diff(self.row_ptr))
+        filters = group[:, None] * self.block + np.arange(self.block)
+        index: npt.NDArray[np.int64] = np.where(
+            filters < self.shape[0], filters * columns + self.positions[:, None], self.shape[0] * columns
+        ).astype(np.int64)
+        return index
+
+    def with_weight(self, weight_KCRS: npt.NDArray[np.float32]) -> Self:
+        """Return the same blocks with the values of another weight, by one gather."""
+        values = aligned(self.values.shape, np.float32)
+        values[:] = gather(weight_KCRS, self.gather_index())
+        return replace(self, values=values)
+
+    def transpose(self) -> Self:
+        """Return the input gradient's weight, (C, K, R, S) with turned windows, in blocks along its own filters.
+
+        Blocks run along filters, so blocks of the transpose are other sets of weights: they are found anew, and kept
+        blocks that hold only zeros are not carried over.
+        """
+        return type(self).pack(transposed_weight(self.unpack()), self.block)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +132,11 @@ class CSR:
     values: npt.NDArray[np.float32]
 
     @classmethod
-    def pack(cls, weight_KCRS: npt.NDArray[np.float32]) -> Self:
-        """Pack the weights that are not 0."""
+    def pack(cls, weight_KCRS: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_] | None = None) -> Self:
+        """Pack the weights that ``mask`` (K, C, R, S) keeps; without one, those that are not 0."""
         k, c, r, s = weight_KCRS.shape
         flat = weight_KCRS.reshape(k, c * r * s).astype(np.float32)
-        row, position = np.nonzero(flat)
+        row, position = np.nonzero(flat if mask is None else mask.reshape(flat.shape))
         row_ptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=k))]).astype(np.int32)
         return cls((k, c, r, s), row_ptr, position.astype(np.int32), flat[row, position])
 
@@ -118,6 +148,29 @@ class CSR:
         return flat.reshape(k, c, r, s)
 
     @property
-    def size_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of pointers, positions and values."""
         return self.row_ptr.nbytes + self.positions.nbytes + self.values.nbytes
+
+    def gather_index(self) -> npt.NDArray[np.int64]:
+        """Return the place in the flat KCRS weight of every entry, (entries)."""
+        row = np.repeat(np.arange(self.shape[0], dtype=np.int64), np.diff(self.row_ptr))
+        return row * int(np.prod(self.shape[1:])) + self.positions
+
+    def with_weight(self, weight_KCRS: npt.NDArray[np.float32]) -> Self:
+        """Return the same entries with the values of another weight, by one gather."""
+        return replace(self, values=gather(weight_KCRS, self.gather_index()))
+
+    def transpose(self) -> Self:
+        """Return the input gradient's weight, (C, K, R, S) with turned windows; kept zeros stay kept."""
+        mask = transposed_weight(kept_mask(self.shape, self.gather_index()))
+        return type(self).pack(transposed_weight(self.unpack()), mask)  # type: ignore[arg-type]
+
+    def rows(self) -> SparseRows:
+        """Return what the GPU kernel reads: filters by falling length, so that the long ones start first."""
+        lengths = np.diff(self.row_ptr)
+        order = launch_order(lengths)
+        starts = np.repeat(self.row_ptr[:-1][order], lengths[order])
+        first = np.repeat(np.cumsum(lengths[order]) - lengths[order], lengths[order])
+        entries = starts + np.arange(len(first)) - first
+        return SparseRows.make(self.shape, order, lengths[order], self.gather_index()[entries])
