@@ -6,37 +6,71 @@ the whole network holds no more launches than the plan has operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoprune.core.choices import Choice, Dense
+from autoprune.core.layers import LayerSpec
 from autoprune.kernels.gpu_layers import LayerModule, Source
 from autoprune.kernels.plan import Plan
 from autoprune.kernels.plan_ops import AddOp, ConvOp, NormOp, Op, PoolOp, ReluOp, Value, reads
+from autoprune.kernels.triton.ops import ell_pad
 
-MakeLayer = Callable[[Source], LayerModule]
+
+class LayerFactory(Protocol):
+    """Makes the modules of a network's layers, and knows which of them want borders around their maps."""
+
+    def reads_halo(self, layer: LayerSpec, choice: Choice) -> bool:
+        """Return whether the layer's kernel reads its padding from memory."""
+        ...
+
+    def writes_ring(self, layer: LayerSpec, choice: Choice) -> bool:
+        """Return whether the layer can write that border around its output, at less than a copy costs."""
+        ...
+
+    def make(self, source: Source) -> LayerModule:
+        """Return the module of one convolution or linear layer."""
+        ...
 
 
 class FusedNetwork(nn.Module):
     """The operations of a plan, one after another.
 
+    A map that a sparse kernel reads is written with that reader's padding around it where its producer can; where it
+    cannot, it is copied into its border.
+
     Args:
         plan: Traced and fused; its weights are copied.
-        make: Returns the module of one convolution or linear layer.
+        factory: Makes the layers.
         choices: Layer → choice that its weights are masked by; layers not named are dense.
     """
 
-    def __init__(self, plan: Plan, make: MakeLayer, choices: Mapping[str, Choice]) -> None:
+    def __init__(self, plan: Plan, factory: LayerFactory, choices: Mapping[str, Choice]) -> None:
         super().__init__()
         self.plan = plan
         self.layers = nn.ModuleList()
         self._numbers: dict[str, int] = {}
+        self._rings: dict[int, tuple[int, int]] = {}
+        chosen = {op.name: choices.get(op.name, Dense()) for op in plan.convs}
+        wanted = _borders(plan, factory, chosen)
         for op in plan.convs:
+            choice, ring = chosen[op.name], wanted.get(op.out.index, (0, 0))
+            if ring != (0, 0) and factory.writes_ring(op.layer, choice):
+                self._rings[op.out.index] = ring
+        for op in plan.convs:
+            choice = chosen[op.name]
+            source = replace(
+                source_of(op, choice),
+                prepadded=max(op.shape.padding) > 0 and factory.reads_halo(op.layer, choice),
+                ring=self._rings.get(op.out.index, (0, 0)),
+            )
             self._numbers[op.name] = len(self.layers)
-            self.layers.append(make(source_of(op, choices.get(op.name, Dense()))))
+            self.layers.append(factory.make(source))
         self._last = _last_reads(plan)
 
     def layer(self, name: str) -> LayerModule:
@@ -64,16 +98,24 @@ class FusedNetwork(nn.Module):
             maps[op.out.index] = self._run(op, maps)
             for index in self._last.get(position, ()):
                 del maps[index]
-        return maps[self.plan.output.index].reshape(batch, *self.plan.output_shape)
+        return self._inner(maps, self.plan.output).reshape(batch, *self.plan.output_shape)
 
-    def _run(self, op: Op, maps: dict[int, Tensor]) -> Tensor:
-        x = maps[op.x.index]
+    def _inner(self, maps: Mapping[int, Tensor], value: Value, halo: tuple[int, int] = (0, 0)) -> Tensor:
+        """Return a map with ``halo`` of its border, which it has at least where a producer wrote one."""
+        x = maps[value.index]
+        rows, columns = self._rings.get(value.index, (0, 0))
+        if (rows, columns) == (0, 0):
+            return x if halo == (0, 0) else ell_pad(x, list(halo))
+        rows, columns = rows - halo[0], columns - halo[1]
+        return x[:, :, rows : x.shape[2] - rows, columns : x.shape[3] - columns]
+
+    def _run(self, op: Op, maps: Mapping[int, Tensor]) -> Tensor:
+        if isinstance(op, ConvOp):
+            return self._layer(op, maps)
+        x = self._inner(maps, op.x)
         match op:
-            case ConvOp():
-                residual = None if op.residual is None else maps[op.residual.index]
-                return self._layer(op, x, residual)
             case AddOp():
-                total = x + maps[op.y.index]
+                total = x + self._inner(maps, op.y)
                 return F.relu(total) if op.relu else total
             case ReluOp():
                 return F.relu(x)
@@ -86,13 +128,27 @@ class FusedNetwork(nn.Module):
             case NormOp():
                 raise AssertionError("a BatchNorm outlived the fusion")
 
-    def _layer(self, op: ConvOp, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _layer(self, op: ConvOp, maps: Mapping[int, Tensor]) -> Tensor:
+        module = self.layer(op.name)
+        x = self._inner(maps, op.x, module.halo)
+        residual = None if op.residual is None else self._inner(maps, op.residual)
         if op.layer.op == "conv":
-            return self.layer(op.name)(_as_map(x, op.x), residual)  # type: ignore[no-any-return]
-        # A linear layer reads a flattened map in NCHW order; its plan's weight has been laid out for just that.
-        rows = x.reshape(x.shape[0], -1)
-        flat = None if residual is None else residual.reshape(x.shape[0], -1)
-        return self.layer(op.name)(rows, flat)  # type: ignore[no-any-return]
+            y: Tensor = module(_as_map(x, op.x) if module.halo == (0, 0) else x, residual)
+            return y
+        # A linear layer reads a map flattened in the order C, H, W, whatever its memory.
+        y = module(x.reshape(x.shape[0], -1), None if residual is None else residual.reshape(x.shape[0], -1))
+        return y
+
+
+def _borders(plan: Plan, factory: LayerFactory, chosen: Mapping[str, Choice]) -> dict[int, tuple[int, int]]:
+    """Return map → the widest padding that a kernel reads from memory around it."""
+    wanted: dict[int, tuple[int, int]] = {}
+    for op in plan.convs:
+        rows, columns = op.shape.padding
+        if max(rows, columns) > 0 and factory.reads_halo(op.layer, chosen[op.name]):
+            before = wanted.get(op.x.index, (0, 0))
+            wanted[op.x.index] = (max(before[0], rows), max(before[1], columns))
+    return wanted
 
 
 def source_of(op: ConvOp, choice: Choice) -> Source:

@@ -16,6 +16,12 @@ from torch import Tensor, nn
 from autoprune.core.choices import Channels, Choice, Dense
 from autoprune.core.layers import LayerSpec
 from autoprune.core.registry import unknown_name
+from autoprune.kernels.formats.ell import BlockELL, Tile
+from autoprune.kernels.semi_structured import SemiStructuredLayer
+from autoprune.kernels.triton.configs import Config, Launch, all_configs, default_tile
+from autoprune.kernels.triton.layers import ELLConv2d, ELLOptions
+from autoprune.kernels.triton.shapes import EllShape
+from autoprune.kernels.triton.spmm_layers import SparseConv2d, SparseLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,9 @@ class Source:
         weight: As in ``layer.weight_shape``, float32, masked, on any device.
         bias: (K) float32.
         relu: Whether negative results become 0.
+        prepadded: Whether inputs come with the layer's padding around them; for kernels that read it so.
+        ring: Rows and columns of zeros to write around the output, the padding of its reader; likewise.
+        trained: Whether gradients will be asked for.
     """
 
     layer: LayerSpec
@@ -35,6 +44,9 @@ class Source:
     weight: Tensor
     bias: Tensor
     relu: bool = True
+    prepadded: bool = False
+    ring: tuple[int, int] = (0, 0)
+    trained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +63,12 @@ class LayerModule(nn.Module):
     Attributes:
         weight_bytes: Weights with their indices and bias.
         workspace_bytes: What it needs besides its maps while it runs.
+        halo: Rows and columns of zeros that its input must come with.
     """
 
     weight_bytes: int = 0
     workspace_bytes: int = 0
+    halo: tuple[int, int] = (0, 0)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the layer's output on ``x``, the residual added before the ReLU."""
@@ -124,30 +138,115 @@ def finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     return F.relu(y, inplace=in_place) if relu else y
 
 
+class EllLayer(LayerModule):
+    """A convolution on Block-ELL tiles.
+
+    Args:
+        source: The layer; what its weights have as zeros is skipped where whole groups of 8 channels are.
+        config: Text of a forward configuration; empty takes the one expected to be fastest.
+        place: Device and dtype.
+    """
+
+    def __init__(self, source: Source, config: str, place: Place) -> None:
+        super().__init__()
+        layer = source.layer
+        launch = None if not config else forward_config(config, place.dtype)
+        tile = default_tile(layer, 1, place.dtype) if launch is None else Tile(launch.bn, launch.bk)
+        options = ELLOptions(
+            tile=tile,
+            master="packed" if source.trained else "frozen",
+            relu=source.relu,
+            ring=source.ring,
+            prepadded=source.prepadded,
+            launch=Launch(forward=launch),
+        )
+        packed = BlockELL.pack(source.weight.to(place.device, place.dtype), tile=tile)
+        shape = EllShape.of(layer, ring=source.ring, relu=source.relu)
+        if source.prepadded:
+            self.halo = layer.padding
+            shape = replace(shape, halo=(0, 0))
+        else:
+            self.workspace_bytes = 0 if max(layer.padding) == 0 else padded_bytes(layer, place.dtype)
+        self.conv = ELLConv2d(packed, shape, source.bias.to(place.device, place.dtype), options)
+        self.weight_bytes = self.conv.nbytes
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = self.conv(x, residual)
+        return y
+
+
+def padded_bytes(layer: LayerSpec, dtype: torch.dtype) -> int:
+    """Return the bytes of one image's input with the layer's padding around it."""
+    height, width = (size + 2 * pad for size, pad in zip(layer.input_hw, layer.padding, strict=True))
+    return layer.channels * height * width * dtype.itemsize
+
+
+def forward_config(text: str, dtype: torch.dtype) -> Config:
+    """Return the Block-ELL forward configuration of that name.
+
+    Raises:
+        UnknownName: There is none for this dtype.
+    """
+    known = {config.text: config for config in all_configs(dtype) if config.kind == "forward"}
+    if text not in known:
+        raise unknown_name("Block-ELL configuration", text, known)
+    return known[text]
+
+
 class SemiLayer(LayerModule):
     """A 1×1 convolution or linear layer whose weight is a 2:4 semi-structured matrix of torch."""
 
     def __init__(self, source: Source, config: str, place: Place) -> None:
         super().__init__()
-        weight = source.weight.flatten(1).to(place.device, place.dtype)
         self.relu = source.relu
-        self.is_conv = source.layer.op == "conv"
-        self.weight = torch.sparse.to_sparse_semi_structured(weight)
-        self.bias = nn.Parameter(source.bias.to(place.device, place.dtype), requires_grad=False)
+        self.module = SemiStructuredLayer(_torch_module(source, place))
+        count, item = source.layer.weights, place.dtype.itemsize
         # Half of the values, and 2 bits of index for each of them.
-        values = weight.numel() // 2 * weight.element_size()
-        self.weight_bytes = values + weight.numel() // 8 + tensor_bytes([self.bias])
+        self.weight_bytes = count // 2 * item + count // 8 + source.layer.filters * item
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        rows = x.permute(0, 2, 3, 1) if self.is_conv else x
-        y = F.linear(rows.reshape(-1, rows.shape[-1]), self.weight, self.bias)
-        y = y.reshape(*rows.shape[:-1], -1)
-        return finish(y.permute(0, 3, 1, 2) if self.is_conv else y, residual, self.relu)
+        return finish(self.module(x), residual, self.relu)
+
+
+class SpmmLayer(LayerModule):
+    """A convolution or linear layer on its single kept weights."""
+
+    def __init__(self, source: Source, config: str, place: Place) -> None:
+        super().__init__()
+        self.relu = source.relu
+        module = _torch_module(source, place)
+        self.is_conv = isinstance(module, nn.Conv2d)
+        self.module: SparseConv2d | SparseLinear
+        if isinstance(module, nn.Conv2d):
+            self.module = SparseConv2d(module, relu=source.relu)
+        else:
+            self.module = SparseLinear(module)
+        self.module.config = config
+        self.weight_bytes = self.module.weight_bytes
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not self.is_conv:
+            return finish(self.module(x), residual, self.relu)
+        y: Tensor = self.module(x.contiguous(), residual)
+        return y.contiguous(memory_format=torch.channels_last)
+
+
+def _torch_module(source: Source, place: Place) -> nn.Conv2d | nn.Linear:
+    layer = source.layer
+    module: nn.Conv2d | nn.Linear
+    if layer.op == "linear":
+        module = nn.Linear(layer.channels, layer.filters, device="meta")
+    else:
+        sizes = (layer.window, layer.stride, layer.padding, layer.dilation, layer.groups)
+        module = nn.Conv2d(layer.channels, layer.filters, *sizes, device="meta")
+    module.weight = nn.Parameter(source.weight.to(place.device, place.dtype))
+    module.bias = nn.Parameter(source.bias.to(place.device, place.dtype))
+    return module
 
 
 Maker = Callable[[Source, str, Place], LayerModule]
 
-LAYER_KERNELS: dict[str, Maker] = {"dense": DenseLayer, "semi": SemiLayer}
+LAYER_KERNELS: dict[str, Maker] = {"dense": DenseLayer, "ell": EllLayer, "semi": SemiLayer, "spmm": SpmmLayer}
 
 
 def build_layer(kernel: str, config: str, source: Source, place: Place) -> LayerModule:

@@ -34,12 +34,58 @@ def _bench(**changes: object) -> GpuBench:
     return GpuBench(CONTEXT, HOST, HostBackend(1 << 15), **changes)  # type: ignore[arg-type]
 
 
+class Torch:
+    """Makes dense layers."""
+
+    def reads_halo(self, layer: LayerSpec, choice: Choice) -> bool:
+        return False
+
+    def writes_ring(self, layer: LayerSpec, choice: Choice) -> bool:
+        return False
+
+    def make(self, source: Source) -> LayerModule:
+        return build_layer("dense", "nhwc", source, CPU)
+
+
+class Ringed:
+    """Makes Block-ELL layers that read and write borders wherever they may."""
+
+    def __init__(self, writers: bool) -> None:
+        self.writers = writers
+        self.borders: list[tuple[bool, tuple[int, int]]] = []
+
+    def reads_halo(self, layer: LayerSpec, choice: Choice) -> bool:
+        return layer.op == "conv" and layer.dilation == (1, 1)
+
+    def writes_ring(self, layer: LayerSpec, choice: Choice) -> bool:
+        return self.writers and self.reads_halo(layer, choice)
+
+    def make(self, source: Source) -> LayerModule:
+        self.borders.append((source.prepadded, source.ring))
+        kernel = "ell" if self.reads_halo(source.layer, source.choice) else "dense"
+        return build_layer(kernel, "" if kernel == "ell" else "nhwc", source, CPU)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("writers", [True, False])
+def test_borders_are_written_by_producers_or_copied(name: str, writers: bool) -> None:
+    make, shape = PLANNED[name]
+    model, x = make(), torch.randn(2, *shape)
+    factory = Ringed(writers)
+    network = FusedNetwork(build_plan(model, x, {}), factory, {})  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert torch.allclose(network(x), model(x), atol=1e-4, rtol=1e-4)
+    if name == "resnet":
+        assert any(prepadded for prepadded, _ in factory.borders)
+        assert any(ring == (1, 1) for _, ring in factory.borders) == writers
+
+
 @pytest.mark.parametrize("name", PLANNED)
 def test_fused_network_computes_what_the_model_does(name: str) -> None:
     make, shape = PLANNED[name]
     model, x = make(), torch.randn(3, *shape)
     plan = build_plan(model, x, {})
-    network = FusedNetwork(plan, lambda source: build_layer("dense", "nhwc", source, CPU), {})  # type: ignore[arg-type]
+    network = FusedNetwork(plan, Torch(), {})  # type: ignore[arg-type]
     with torch.no_grad():
         assert torch.allclose(network(x), model(x), atol=1e-4, rtol=1e-4)
     with torch.enable_grad():
@@ -70,7 +116,7 @@ def test_removed_channels_are_a_smaller_convolution() -> None:
     layer = build_layer("dense", "nhwc", Source(CONV, Channels(0.25), weight, bias), CPU)
     with torch.no_grad():
         assert layer(torch.randn(1, 16, 12, 12)).shape == (1, 8, 12, 12)
-    with pytest.raises(UnknownName, match="no kernel 'dens'. Did you mean 'dense'"):
+    with pytest.raises(UnknownName, match=r"no kernel 'dens'\. Did you mean 'dense'"):
         build_layer("dens", "", Source(CONV, Dense(), weight, bias), CPU)
 
 
@@ -101,11 +147,11 @@ def test_choice_whose_floor_cannot_beat_dense_is_not_timed() -> None:
 
 def test_choice_that_no_kernel_runs_says_so_and_a_dense_layer_must_run() -> None:
     slow = Row(p10=1e6, p50=1e6, p90=1e6, weight_bytes=1, kernel="dense")
-    (outcome,) = _bench().measure(CONV, [Fine(keep=0.99)], slow).values()
+    (outcome,) = _bench(known={}).measure(CONV, [Fine(keep=0.99)], slow).values()
     assert isinstance(outcome, Unmeasured)
     assert outcome.reason == "kernel"
     broken = LayerSpec("odd", "conv", (16, 16, 3, 3), groups=3, input_hw=(8, 8), output_hw=(8, 8))
-    with pytest.raises(MeasurementError, match="layer 'odd'.*dense nhwc"):
+    with pytest.raises(MeasurementError, match=r"layer 'odd'.*dense nhwc"):
         _bench().measure(broken, [Dense()], None)
 
 
@@ -122,7 +168,8 @@ class Offering:
 
 
 def test_best_five_configurations_are_tried_and_the_hopeless_left_out() -> None:
-    bench = _bench(known={"dense": Offering({"nhwc": 5.0, "nchw": 3.0, "a": 7.0, "b": 4.0, "c": 3.5, "d": 3.2, "e": 6.0})})
+    offering = Offering({"nhwc": 5.0, "nchw": 3.0, "a": 7.0, "b": 4.0, "c": 3.5, "d": 3.2, "e": 6.0})
+    bench = _bench(known={"dense": offering})
     tried = [variant.config for variant in bench.variants(CONV, Fine(keep=0.5))]
     assert tried == ["nchw", "d", "c", "b", "nhwc"]
     assert len(bench.variants(CONV, Dense())) == 7

@@ -6,6 +6,7 @@ runs dense. Layers are made once and shared by all networks that need them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -48,48 +49,59 @@ class GpuDeployer:
         plan: Of the model.
         example: One batch, float32.
         table: Rows of every layer and choice.
+        masked: Whether the plan's weights have their zeros already; otherwise they are masked by magnitude.
     """
 
     plan: Plan
     example: Tensor
     table: LatencyTable
-    _layers: dict[tuple[str, str], LayerModule] = field(default_factory=dict)
+    masked: bool = False
+    _layers: dict[tuple[object, ...], LayerModule] = field(default_factory=dict)
 
     @property
     def place(self) -> Place:
         """Device and dtype."""
         return place_of(self.table.context)
 
-    def network(self, choices: Mapping[str, Choice], *, masked: bool = False) -> FusedNetwork:
-        """Return the network under a policy.
-
-        Args:
-            choices: Layer → choice.
-            masked: Whether the plan's weights have their zeros already; otherwise they are masked by magnitude.
-        """
+    def network(self, choices: Mapping[str, Choice]) -> FusedNetwork:
+        """Return the network under a policy; layers not named are dense."""
         effective = {op.name: self._effective(op.layer, choices.get(op.name, Dense())) for op in self.plan.convs}
-
-        def make(source: Source) -> LayerModule:
-            key = (source.layer.name, source.choice.text)
-            if key not in self._layers:
-                self._layers[key] = self._layer(source, masked=masked)
-            return self._layers[key]
-
-        return FusedNetwork(self.plan, make, effective)
+        return FusedNetwork(self.plan, self, effective)
 
     def _effective(self, layer: LayerSpec, choice: Choice) -> Choice:
         if isinstance(choice, Dense) or not self.table.measured(layer, [choice]):
             return Dense()
         return choice if self.table.layer_us(layer, choice) < self.table.layer_us(layer, Dense()) else Dense()
 
-    def _layer(self, source: Source, *, masked: bool) -> LayerModule:
+    def reads_halo(self, layer: LayerSpec, choice: Choice) -> bool:
+        """Return whether the layer's kernel reads its padding from memory."""
+        return self.table.row(layer, choice).kernel == "ell"
+
+    def writes_ring(self, layer: LayerSpec, choice: Choice) -> bool:
+        """Return whether the layer can write a border around its output, at less than a copy costs."""
+        row = self.table.row(layer, choice)
+        if row.kernel == "ell":
+            return True
+        return row.ring_us is not None and row.pad_us is not None and row.ring_us < row.p50 + row.pad_us
+
+    def make(self, source: Source) -> LayerModule:
+        """Return a layer's module; made once for all networks of this deployer."""
+        key = (source.layer.name, source.choice.text, source.prepadded, source.ring, source.relu)
+        if key not in self._layers:
+            self._layers[key] = self._layer(source)
+        return self._layers[key]
+
+    def _layer(self, source: Source) -> LayerModule:
         row = self.table.row(source.layer, source.choice)
         weight = source.weight.to(self.place.device)
-        if not masked and not isinstance(source.choice, Dense):
+        if not self.masked and not isinstance(source.choice, Dense):
             weight = weight * make_mask(weight, source.choice)
+        kernel, config = row.kernel, row.config
+        if kernel == "dense" and source.ring != (0, 0):
+            kernel, config = "ell", row.ring_config
         # In a network of channels-last maps another layout would cost two copies.
-        config = "nhwc" if row.config == "nchw" else row.config
-        return build_layer(row.kernel, config, replace(source, weight=weight), self.place)
+        config = "nhwc" if config == "nchw" else config
+        return build_layer(kernel, config, replace(source, weight=weight), self.place)
 
     def __call__(self, choices: Mapping[str, Choice]) -> Callable[[], object]:
         """Return a call that runs the network under a policy once on the example."""
@@ -100,11 +112,13 @@ class GpuDeployer:
 
 def network_us(runs: Mapping[str, Callable[[], object]], backend: Backend) -> dict[str, float]:
     """Return the median time of each whole network, replayed as a graph, µs."""
+
+    def always(run: Callable[[], object]) -> Subject:
+        return Subject(lambda index: run, 1)
+
     with kernel_settings():
         return {
-            name: time_subject(
-                Subject(lambda index, run=run: run, 1), backend, launches=_LAUNCHES, replays=_REPLAYS, cold=False
-            ).warm.p50
+            name: time_subject(always(run), backend, launches=_LAUNCHES, replays=_REPLAYS, cold=False).warm.p50
             for name, run in runs.items()
         }
 
@@ -116,9 +130,9 @@ def dense_forms(model: nn.Module, plan: Plan, table: LatencyTable, example: Tens
     x = example.to(place.device, place.dtype)
     for name, layout in (("torch-channels-last", torch.channels_last), ("torch-folded", torch.contiguous_format)):
         network = fold_batchnorm(model).to(device=place.device, dtype=place.dtype)
-        network = network.to(memory_format=layout)  # type: ignore[call-overload]
+        network = network.to(memory_format=layout)
         own = x.contiguous(memory_format=layout) if x.dim() == 4 else x
-        forms[name] = lambda network=network, own=own: network(own)  # type: ignore[misc]
+        forms[name] = functools.partial(network, own)
     return forms
 
 

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from autoprune.core.choices import Channels, Choice, Dense
 from autoprune.core.errors import AutopruneError, MeasurementError
 from autoprune.core.layers import LayerSpec
 from autoprune.kernels.gpu_layers import LayerModule, Source, build_layer
+from autoprune.kernels.triton.ops import ell_pad
 from autoprune.lut.context import Context
 from autoprune.lut.gpu_facts import sm_clock_mhz
-from autoprune.lut.gpu_families import Family, Variant, families, place_of
+from autoprune.lut.gpu_families import Family, Variant, dense_tiles, families, place_of
 from autoprune.lut.gpu_timer import Backend, CudaBackend, Subject, time_subject
 from autoprune.lut.row import Row, Unmeasured
 from autoprune.lut.tile_model import ITEM_BYTES, DeviceModel, floor_us, is_tiled, least_us, predicted_us
@@ -29,10 +30,16 @@ from autoprune.sparsity.masks import make_mask
 
 TRIED = 5
 _RANKING_LAUNCHES, _RANKING_REPLAYS = 10, 3
+_RING_TRIED = 2
 # A configuration that the model puts this far behind the best one is not timed.
 _HOPELESS = 2.0
 
 Key = tuple[str, str]
+
+
+def device_of(context: Context) -> torch.device:
+    """Return where the rows of a context are measured."""
+    return place_of(context).device
 
 
 def no_clock() -> float | None:
@@ -75,7 +82,7 @@ class GpuBench:
         Raises:
             MeasurementError: The dense layer does not run.
         """
-        device = place_of(self.context).device
+        device = device_of(self.context)
         weight = torch.randn(layer.weight_shape, generator=torch.Generator(device).manual_seed(0), device=device)
         weight /= math.sqrt(layer.weights / layer.filters)
         found: dict[Key, Row | Unmeasured] = {}
@@ -97,9 +104,13 @@ class GpuBench:
         if not variants and not isinstance(choice, Dense):
             return Unmeasured(reason="kernel", note="no kernel here runs it")
         masked = weight if isinstance(choice, Dense | Channels) else weight * make_mask(weight, choice)
-        source = Source(layer, choice, masked, torch.linspace(-0.5, 0.5, layer.filters))
+        bias = torch.linspace(-0.5, 0.5, layer.filters, device=device_of(self.context))
+        trained = self.context.direction == "training"
+        # A sparse kernel's input comes with its padding: its producer writes it so. Gradients have no such producer.
+        source = Source(layer, choice, masked, bias, prepadded=not trained, trained=trained)
         try:
-            return self._row(source, variants)
+            row = self._row(source, variants)
+            return row if not isinstance(choice, Dense) else self._with_ring(row, source)
         except MeasurementError as error:
             if isinstance(choice, Dense):
                 raise MeasurementError(
@@ -147,6 +158,26 @@ class GpuBench:
             captured=timing.captured,
         )
 
+    def _with_ring(self, row: Row, source: Source) -> Row:
+        """Add what the dense layer takes on the kernel that can write a border for a sparse reader behind it."""
+        layer, context = source.layer, self.context
+        ell = self.known.get("ell")
+        if ell is None or layer.op != "conv" or layer.groups != 1 or source.trained:
+            return row
+        ringed = replace(source, ring=(1, 1))
+        variants = dense_tiles(layer, context, self.device)
+        try:
+            with kernel_settings():
+                best, module = self._fastest(ringed, variants[:_RING_TRIED])
+                us = time_subject(
+                    self._subject(module, ringed), self.backend, launches=_RANKING_LAUNCHES, cold=False
+                ).warm.p50
+        except MeasurementError:
+            return row
+        written = 2.0 * context.batch * layer.filters * math.prod(layer.output_hw) * ITEM_BYTES[context.dtype]
+        pad_us = self.device.launch_us + written / self.device.bandwidth * 1e6
+        return row.model_copy(update={"ring_us": us, "ring_config": best.config, "pad_us": pad_us})
+
     def _fastest(self, source: Source, variants: Sequence[Variant]) -> tuple[Variant, LayerModule]:
         """Return the variant with the least warm time, built; those that do not run are left out."""
         best: tuple[float, Variant, LayerModule] | None = None
@@ -175,6 +206,7 @@ class GpuBench:
         def make(index: int) -> Callable[[], object]:
             own = module if index == 0 else own_copy(module)
             x = random_maps(layer, context, seed=index)
+            x = x if own.halo == (0, 0) else ell_pad(x, list(own.halo))
             return training_call(own, x) if context.direction == "training" else lambda: own(x)
 
         return Subject(make, self._map_bytes(layer) + module.weight_bytes)

@@ -39,12 +39,14 @@ class Row(_Growing):
         weight_bytes: Packed weights and their indices.
         kernel: Which one ran.
         config: Its configuration, the fastest of those tried; empty where a kernel has one only.
-        workspace_bytes: Memory that the kernel needs while it runs, besides its maps and weights.
+        workspace_bytes: Memory that the kernel needs while it runs, besides its maps and weights; None in older tables.
         warm, cold: Both columns of a GPU's row: maps in the second-level cache, or in memory.
         floor_us: Roofline floor, None where the device's peaks are not known.
         model_us: What the tile model predicted.
         captured: Whether it was replayed as a CUDA graph; False means launched from the host, with its gaps.
-        clock_mhz: Of the multiprocessors right after.
+        clock_mhz: Of the multiprocessors meanwhile.
+        ring_us: Of a dense row: its time by the kernel that can write a border for a sparse reader, in ``ring_config``.
+        pad_us: Of such a row: what copying its output into a border is expected to take.
     """
 
     p10: float
@@ -53,13 +55,16 @@ class Row(_Growing):
     weight_bytes: int
     kernel: str
     config: str = ""
-    workspace_bytes: int = 0
+    workspace_bytes: int | None = None
     warm: Column | None = None
     cold: Column | None = None
     floor_us: float | None = None
     model_us: float | None = None
     captured: bool = True
     clock_mhz: float | None = None
+    ring_us: float | None = None
+    ring_config: str = ""
+    pad_us: float | None = None
 
 
 Reason = Literal["floor", "limit", "kernel"]

@@ -136,7 +136,13 @@ USUAL_TILES = (Tile(128, 128, 64, 1), Tile(128, 64, 64, 2), Tile(64, 64, 64, 3),
 
 
 def tiled_us(
-    device: DeviceModel, layer: LayerSpec, choice: Choice, batch: int, dtype: str, tile: Tile | None = None
+    device: DeviceModel,
+    layer: LayerSpec,
+    choice: Choice,
+    batch: int,
+    dtype: str,
+    tile: Tile | None = None,
+    density: float | None = None,
 ) -> float:
     """Return the predicted time of a tiled implicit GEMM, µs, launch included.
 
@@ -144,12 +150,16 @@ def tiled_us(
         device: Its constants.
         layer, choice, batch, dtype: What runs; the K-list of every filter tile has the choice's density.
         tile: Of one configuration; None takes the best of ``USUAL_TILES``.
+        density: Share of the weights that the tiles multiply, where that is more than the choice keeps.
     """
     if tile is None:
-        return min(tiled_us(device, layer, choice, batch, dtype, usual) for usual in USUAL_TILES)
+        return min(tiled_us(device, layer, choice, batch, dtype, usual, density) for usual in USUAL_TILES)
     work = layer_work(layer, choice, batch, dtype)
     filters = choice.width(layer.filters) if isinstance(choice, Channels) else layer.filters
-    density = 1.0 if isinstance(choice, Channels) else choice.density(layer)
+    if isinstance(choice, Channels):
+        density = 1.0
+    elif density is None:
+        density = choice.density(layer)
     pixels = batch * math.prod(layer.output_hw)
     tiles = math.ceil(pixels / tile.m) * math.ceil(filters / tile.n)
     steps = math.ceil(density * layer.weights / layer.filters / tile.k)

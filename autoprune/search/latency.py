@@ -21,9 +21,11 @@ from autoprune.core.rundir import Cache, RunDir, write_text
 from autoprune.lut.build import build_table
 from autoprune.lut.calibrate import calibrate
 from autoprune.lut.deploy import deployer
+from autoprune.lut.embedded import find_table
 from autoprune.lut.table import Context, LatencyTable, current_context
 from autoprune.search.config import SearchConfig
 from autoprune.search.deploy import Deployer, References, measure_references, reopen_references
+from autoprune.search.elsewhere import is_elsewhere, predictor
 from autoprune.search_spaces.space import SearchSpace
 from autoprune.tasks.task import Task
 
@@ -45,15 +47,18 @@ def open_latency(subject: Subject, config: SearchConfig, progress: Progress) -> 
     """Return the means to predict and measure latency: kept from an earlier session, given, or measured now.
 
     Raises:
-        TableMismatch: A given table is of another context.
+        TableMismatch: A given table is of another batch size, or measured elsewhere and not calibrated.
         MissingLatency: A given table lacks rows of this space.
     """
     context = current_context(config.batch, config.threads)
     example = _example(subject.task, config.batch)
     options = {layer: subject.space.choices[layer.name] for layer in subject.layers}
-    given = LatencyTable.load(config.table, context) if config.table else None
+    given = _given(subject, config)
     if given is not None:
+        elsewhere = is_elsewhere(given, context)
         given.require(options)
+        if elsewhere:
+            return _predicted(given, subject, example, progress)
     key = _key(context, subject)
     progress.stage("dense references", None)
     references = _references(subject, config, example, key, progress)
@@ -67,6 +72,21 @@ def open_latency(subject: Subject, config: SearchConfig, progress: Progress) -> 
     if table is not own:
         table.save(subject.run.table)
     return Deployer(example, table, references, config.threads)
+
+
+def _given(subject: Subject, config: SearchConfig) -> LatencyTable | None:
+    if config.table is None:
+        return None
+    return LatencyTable.load(find_table(str(config.table), subject.layers, config.batch))
+
+
+def _predicted(table: LatencyTable, subject: Subject, example: Tensor, progress: Progress) -> Deployer:
+    progress.note(
+        f"the latency table was measured on {table.context.place}: latencies are predicted, and no network is "
+        "deployed to verify them"
+    )
+    table.save(subject.run.table)
+    return predictor(example, table, subject.layers)
 
 
 def _example(task: Task, batch: int) -> Tensor:
