@@ -339,28 +339,41 @@ def test_durations_carry_their_unit(text: str, seconds: float) -> None:
         parse_seconds("--limit", text.rstrip("msh "))
 
 
+ONE = """name: one
+rules:
+  - match: {name: layer3.2.conv2}
+    choices: [{kind: dense}, {kind: block, keep: [0.25]}]
+"""
+
+
 def test_several_tables_are_built_in_one_call_within_a_limit(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     space = folder / "one.yaml"
-    space.write_text(
-        "name: one\nrules:\n  - match: {name: 'layer3.2.conv2'}\n    choices: [{kind: dense}, {kind: block, keep: "
-        "[0.25]}]\n"
-    )
-    argv = ["lut", "build", "--models", "resnet20@1x12x12,resnet32@1x12x12", "--batches", "1,2", "--limit", "2m"]
+    space.write_text(ONE)
+    argv = ["lut", "build", "--models", "resnet20@1x12x12", "--batches", "1,2", "--limit", "2m"]
     assert cli([*argv, "--space", str(space), "--out", str(folder / "many")]) == 0
-    files = sorted(path.name for path in (folder / "many").iterdir())
-    assert files == [
-        f"resnet{depth}-1x12x12-b{batch}-t1.json" for depth in (20, 32) for batch in (1, 2)
-    ]
-    out = capsys.readouterr().out
-    assert out.count("end to end = ") == 4
-    for name in files:
-        table = LatencyTable.load(folder / "many" / name)
+    files = [folder / "many" / f"resnet20-1x12x12-b{batch}-t1.json" for batch in (1, 2)]
+    assert sorted((folder / "many").iterdir()) == files
+    assert capsys.readouterr().out.count("end to end = ") == 2
+    for batch, path in enumerate(files, 1):
+        table = LatencyTable.load(path)
+        assert table.context.batch == batch
         assert table.calibration is not None
         assert len(table.calibration.points) == 30
-    shared = [LatencyTable.load(folder / "many" / f"resnet{d}-1x12x12-b1-t1.json").rows for d in (20, 32)]
-    assert all(shared[1][key] == row for key, row in shared[0].items())  # what both hold was measured once
+    assert cli([*argv, "--space", str(space), "--out", str(folder / "many")]) == 2
+    assert "--resume keeps its rows" in capsys.readouterr().err
+
+
+def test_networks_share_the_rows_of_a_batch(folder: Path) -> None:
+    space = folder / "one.yaml"
+    space.write_text(ONE)
+    jobs = [Job(f"resnet{depth}@1x12x12", 1, folder / f"{depth}.json") for depth in (20, 32)]
+    request = Request(space=str(space), networks=4)
+    tables = build_tables(jobs, request, lambda name: lambda done, total: None, lambda text: None)
+    shared = set(tables[0].rows) & set(tables[1].rows)
+    assert len(shared) >= 7
+    assert all(tables[0].rows[key] == tables[1].rows[key] for key in shared)
 
 
 def test_networks_by_name_have_the_size_asked_for() -> None:

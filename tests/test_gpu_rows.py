@@ -16,6 +16,7 @@ from autoprune.kernels.plan import build_plan
 from autoprune.lut.build import build_table
 from autoprune.lut.calibrate import calibrate
 from autoprune.lut.context import Context
+from autoprune.lut.deploy import masked_copy
 from autoprune.lut.gpu_deploy import GpuDeployer, dense_forms, gpu_plan, network_us
 from autoprune.lut.gpu_families import SemiFamily, Variant
 from autoprune.lut.gpu_rows import GpuBench
@@ -23,6 +24,7 @@ from autoprune.lut.gpu_timer import HostBackend
 from autoprune.lut.row import Row, Unmeasured
 from autoprune.lut.table import LatencyTable
 from autoprune.lut.tile_model import DeviceModel, known_device
+from autoprune.search.on_gpu import device_deployer
 
 CPU = Place(torch.device("cpu"), torch.float32)
 CONTEXT = Context(device="cpu", gpu="none", batch=2, cache="network")
@@ -216,6 +218,27 @@ def test_network_of_rows_computes_the_masked_model(
     times = network_us(dense_forms(model, gpu_plan(model, x), table, x), HostBackend(1 << 16))
     assert set(times) == {"plan", "torch-channels-last", "torch-folded"}
     assert min(times.values()) > 0.0
+
+
+def test_search_deploys_and_times_networks_on_the_tables_device(
+    built: tuple[nn.Module, LatencyTable, dict[LayerSpec, tuple[Choice, ...]]]
+) -> None:
+    model, table, wanted = built
+    quick = Row(p10=0.1, p50=0.1, p90=0.1, weight_bytes=1, kernel="ell")
+    chosen = {layer.name: Block(keep=0.25) for layer in wanted if layer.op == "conv" and layer.filters >= 16}
+    table = table.with_rows({(la.signature, Block(keep=0.25).text): quick for la in wanted if la.name in chosen})
+    pruned = masked_copy(model, chosen)
+    x = torch.randn(2, 1, 12, 12)
+    deployer = device_deployer(model, x, table, tuple(wanted), HostBackend(1 << 15))
+    network = deployer.deploy(pruned, chosen)
+    with torch.no_grad():
+        assert torch.allclose(network(x), pruned(x), atol=1e-4, rtol=1e-4)
+    kernels = {layer: kernel for layer, _, kernel, _ in network.explain()}
+    assert all(kernels[name] == "ell" for name in chosen)
+    times, dense_us = deployer.compare_us({"one": network, "two": network})
+    assert set(times) == {"one", "two"}
+    assert min(*times.values(), dense_us) > 0.0
+    assert deployer.references.best in ("plan", "torch-channels-last", "torch-folded")
 
 
 def test_calibration_takes_the_devices_own_timer(

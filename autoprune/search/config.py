@@ -27,7 +27,7 @@ class SearchConfig:
         evaluations: Policies to evaluate; None for ``DEFAULT_EVALUATIONS``.
         batch, threads: Of the deployed network.
         seed: Of every random draw.
-        device: ``cpu``.
+        device: ``cpu`` or ``cuda``.
         run: Name of the run's folder; None derives it.
         runs_dir: Folder of all runs.
         fresh: Set an existing run aside.

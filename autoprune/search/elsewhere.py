@@ -21,6 +21,7 @@ from autoprune.kernels.dispatch import Decision
 from autoprune.lut.embedded import embedded
 from autoprune.lut.table import Context, LatencyTable
 from autoprune.search.deploy import Deployer, References
+from autoprune.search.on_gpu import decide
 
 _SPACES = {"cpu": "cpu-default", "cuda": "gpu-default"}
 
@@ -114,16 +115,5 @@ class Predictor(Deployer):
 
     def deploy(self, model: nn.Module, choices: Mapping[str, Choice]) -> DeployedModel:
         """Return the network as PyTorch runs it, with the kernels it would run on where the table comes from."""
-        decisions = tuple(self._decision(layer, choices.get(layer.name, Dense())) for layer in self.layers)
+        decisions = tuple(decide(self.table, layer, choices.get(layer.name, Dense())) for layer in self.layers)
         return Undeployed(model, decisions, self.example)
-
-    def _decision(self, layer: LayerSpec, choice: Choice) -> Decision:
-        dense = self.table.row(layer, Dense())
-        if isinstance(choice, Dense):
-            return Decision(layer.name, choice.text, "dense", "dense by policy")
-        row = self.table.row(layer, choice)
-        figures = f"{row.p50:.1f} us against {dense.p50:.1f} us dense, measured alone on {self.table.context.place}"
-        if row.p50 >= dense.p50:
-            why = f"left dense because the {row.kernel} kernel is not faster: {figures}"
-            return Decision(layer.name, choice.text, "dense", why)
-        return Decision(layer.name, choice.text, row.kernel, f"{row.kernel} kernel: {figures}")
