@@ -109,7 +109,8 @@ def deploy_on(
     network = torch_form(model, example)
     layers = layers_by_hooks(network, example)
     decisions = _decide(layers, choices, table, Place("cuda", dtype))
-    return build_gpu(network, decisions, example, device, dtype)
+    by_layer = {layer.spec: decision for layer, decision in zip(layers.values(), decisions, strict=True)}
+    return build_gpu(network, by_layer, example, device, dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,12 +33,20 @@ _SPMM_EXPECTED = 0.04
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What became of one layer: its choice, the kernel that runs it, and why."""
+    """What became of one layer.
+
+    Attributes:
+        layer, choice: Name and canonical text.
+        kernel: What runs it.
+        why: The reason, in words.
+        config: The kernel's configuration that was measured fastest; empty leaves it to the kernel.
+    """
 
     layer: str
     choice: str
     kernel: str
     why: str
+    config: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,9 @@ class _Row(Protocol):
     @property
     def kernel(self) -> str: ...
 
+    @property
+    def config(self) -> str: ...
+
 
 @runtime_checkable
 class _KernelRows(Protocol):
@@ -80,25 +91,33 @@ class _KernelRows(Protocol):
     def row(self, layer: LayerSpec, choice: Choice) -> _Row: ...
 
 
-Lookup = Callable[[LayerSpec, Choice], Mapping[str, float]]
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A measured kernel: median microseconds, and the configuration that took them."""
+
+    us: float
+    config: str = ""
 
 
-def no_rows(layer: LayerSpec, choice: Choice) -> Mapping[str, float]:
+Lookup = Callable[[LayerSpec, Choice], Mapping[str, Timed]]
+
+
+def no_rows(layer: LayerSpec, choice: Choice) -> Mapping[str, Timed]:
     """Know no latency of anything."""
     return {}
 
 
 def lookup_of(table: LatencyRows | None, place: Place = CPU) -> Lookup:
-    """Return a table's rows as kernel → µs of a layer and choice; nothing where the table has no row."""
+    """Return a table's rows as kernel → its time on a layer under a choice; nothing where the table has no row."""
     if table is None:
         return no_rows
 
-    def lookup(layer: LayerSpec, choice: Choice) -> Mapping[str, float]:
+    def lookup(layer: LayerSpec, choice: Choice) -> Mapping[str, Timed]:
         try:
             if place.device == "cuda" and isinstance(table, _KernelRows):
                 row = table.row(layer, choice)
-                return {row.kernel: row.p50}
-            return {kernels_for(choice, layer, place)[0]: table.layer_us(layer, choice)}
+                return {row.kernel: Timed(row.p50, row.config)}
+            return {kernels_for(choice, layer, place)[0]: Timed(table.layer_us(layer, choice))}
         except MissingLatency:
             return {}
 
@@ -153,25 +172,29 @@ def decide(layer: LayerSpec, choice: Choice, place: Place = CPU, lookup: Lookup 
         layer: Its shape facts.
         choice: One that fits it.
         place: Device and dtype.
-        lookup: Measured microseconds by kernel.
+        lookup: Measured times by kernel.
     """
     if choice.kernel in ("dense", "channels"):
         return Decision(layer.name, choice.text, "dense", "dense by policy")
     kernels = kernels_for(choice, layer, place)
     if kernels == ("dense",):
         return Decision(layer.name, choice.text, "dense", f"left dense because {_refusals(choice, layer, place)}")
-    measured = {name: us for name, us in lookup(layer, choice).items() if name in kernels and name != "dense"}
+    measured = {name: timed for name, timed in lookup(layer, choice).items() if name in kernels[:-1]}
     dense = lookup(layer, Dense())
+    if dense and not measured and place.device == "cuda":
+        # Such a table leaves out what not even its floor makes faster than dense.
+        why = "left dense because the table has a dense row and none of a sparse kernel"
+        return Decision(layer.name, choice.text, "dense", why)
     if not measured or not dense:
         return _expected(layer, choice, kernels, place)
-    (best, best_us), *others = sorted(measured.items(), key=lambda item: item[1])
-    dense_us = min(dense.values())
-    figures = f"{best_us:.1f} us against {dense_us:.1f} us dense"
-    figures += "".join(f", {name} {us:.1f} us" for name, us in others)
-    if best_us >= dense_us:
+    (best, timed), *others = sorted(measured.items(), key=lambda item: item[1].us)
+    dense_us = min(timed.us for timed in dense.values())
+    figures = f"{timed.us:.1f} us against {dense_us:.1f} us dense"
+    figures += "".join(f", {name} {other.us:.1f} us" for name, other in others)
+    if timed.us >= dense_us:
         why = f"left dense because the {best} kernel is not faster: {figures}"
         return Decision(layer.name, choice.text, "dense", why)
-    return Decision(layer.name, choice.text, best, f"{best} kernel: {figures}")
+    return Decision(layer.name, choice.text, best, f"{best} kernel: {figures}", timed.config)
 
 
 def _expected(layer: LayerSpec, choice: Choice, kernels: tuple[Kernel, ...], place: Place) -> Decision:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from autoprune.core.errors import ModelError
+from autoprune.core.layers import LayerSpec
 from autoprune.kernels.deployed import DeployedModel
 from autoprune.kernels.dispatch import Decision
+from autoprune.kernels.formats.ell import BlockELL, Tile
+from autoprune.kernels.plan_ops import padding_of
 from autoprune.kernels.semi_structured import SemiStructuredLayer
+from autoprune.kernels.triton.configs import Launch, all_configs, candidates
+from autoprune.kernels.triton.layers import ELLConv2d, ELLOptions
 from autoprune.kernels.triton.spmm_layers import SparseConv2d, SparseLinear
 
 
@@ -62,7 +67,7 @@ class GpuModel(DeployedModel):
         if not self.example.is_cuda:
             return super().time_us(repeats)
         self(self.example)
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
         marks[0].record()
         for mark in marks[1:]:
             self(self.example)
@@ -82,13 +87,17 @@ class GpuModel(DeployedModel):
 
 
 def build_gpu(
-    network: nn.Module, decisions: tuple[Decision, ...], example: Tensor, device: torch.device, dtype: torch.dtype
+    network: nn.Module,
+    decisions: Mapping[LayerSpec, Decision],
+    example: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> GpuModel:
     """Return a network on a device with the layers replaced that decisions give to a sparse kernel.
 
     Args:
         network: float32, on the CPU; changed in place.
-        decisions: One per convolution and linear layer.
+        decisions: What shall run each convolution and linear layer.
         example: An input of the network.
         device: Where it will run; on a CPU the operators' CPU forms do.
         dtype: Of maps and weights.
@@ -98,15 +107,18 @@ def build_gpu(
     memory_format = _memory_format(network, example)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    for decision in decisions:
+    for spec, decision in decisions.items():
         source = network.get_submodule(decision.layer)
         assert isinstance(source, nn.Conv2d | nn.Linear)
         if decision.kernel in _LAYERS:
-            layer = _LAYERS[decision.kernel](source).requires_grad_(False).eval()
+            if isinstance(source, nn.Conv2d):
+                source.padding = padding_of(source) or (0, 0)  # numbers for padding='same'
+            layer = _LAYERS[decision.kernel](source, spec, example.shape[0], decision.config)
+            layer.requires_grad_(False).eval()
             if memory_format != torch.channels_last:
                 layer.register_forward_hook(_contiguous)
             network.set_submodule(decision.layer, layer)
-    return GpuModel(network, decisions, example, memory_format)
+    return GpuModel(network, tuple(decisions.values()), example, memory_format)
 
 
 def _memory_format(network: nn.Module, example: Tensor) -> torch.memory_format:
@@ -114,14 +126,14 @@ def _memory_format(network: nn.Module, example: Tensor) -> torch.memory_format:
 
     Channels last is what tensor cores want; code that flattens a map by ``view`` runs in the other one alone.
     """
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)
     if example.dim() != 4:
         return torch.channels_last
     try:
         with torch.no_grad():
             network(example.contiguous(memory_format=torch.channels_last))
     except RuntimeError:
-        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        network.to(memory_format=torch.contiguous_format)
         return torch.contiguous_format
     return torch.channels_last
 
@@ -130,8 +142,33 @@ def _contiguous(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) ->
     return output.contiguous()
 
 
-def _spmm(source: nn.Conv2d | nn.Linear) -> nn.Module:
-    return SparseConv2d(source) if isinstance(source, nn.Conv2d) else SparseLinear(source)
+def _spmm(source: nn.Conv2d | nn.Linear, layer: LayerSpec, batch: int, config: str) -> nn.Module:
+    module = SparseConv2d(source) if isinstance(source, nn.Conv2d) else SparseLinear(source)
+    module.config = config
+    return module
 
 
-_LAYERS: dict[str, Callable[[nn.Conv2d | nn.Linear], nn.Module]] = {"spmm": _spmm, "semi": SemiStructuredLayer}
+def _semi(source: nn.Conv2d | nn.Linear, layer: LayerSpec, batch: int, config: str) -> nn.Module:
+    return SemiStructuredLayer(source)
+
+
+def _ell(source: nn.Conv2d | nn.Linear, layer: LayerSpec, batch: int, config: str) -> nn.Module:
+    assert isinstance(source, nn.Conv2d)
+    configs = candidates(layer, batch, source.weight.dtype)
+    measured = next((known for known in all_configs(source.weight.dtype) if known.text == config), None)
+    if measured is not None:
+        tile = Tile(measured.bn, measured.bk)
+        return ELLConv2d.from_conv(source, options=ELLOptions(tile=tile, launch=Launch(forward=measured)))
+    # The tile that suits the size best, unless its filters share too little: it multiplies what any of them keeps.
+    tiles = dict.fromkeys(Tile(known.bn, known.bk) for known in configs)
+    density = {tile: BlockELL.pack(source.weight, tile=tile).density for tile in tiles}
+    tile = next(tile for tile in tiles if density[tile] <= _SLACK * min(density.values()))
+    return ELLConv2d.from_conv(source, options=ELLOptions(tile=tile))
+
+
+_SLACK = 1.1
+_LAYERS: dict[str, Callable[[nn.Conv2d | nn.Linear, LayerSpec, int, str], nn.Module]] = {
+    "ell": _ell,
+    "spmm": _spmm,
+    "semi": _semi,
+}

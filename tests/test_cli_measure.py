@@ -18,6 +18,7 @@ from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.core.progress import Progress
 from autoprune.core.rundir import RunDir, write_text
+from autoprune.kernels.dispatch import Decision
 from autoprune.lut.bench import BenchResult
 from autoprune.lut.build import Pace
 from autoprune.lut.measure import Spread
@@ -101,7 +102,12 @@ def benched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, int, fl
         asked.append((batch, threads, seconds))
         references = {"plan": Spread(90.0, 100.0, 110.0), "onnxruntime": Spread(190.0, 200.0, 210.0)}
         absent = {"torch-compile": "no compiler"}
-        return BenchResult(Spread(40.0, 50.0, 60.0), references, absent, {}, 90, 10, batch.shape[0], threads)
+        decisions = (
+            Decision("conv1", "dense", "dense", "dense by policy"),
+            Decision("layer1.0.conv1", "block(keep=0.25,filters=16)", "block", "4.0 us against 9.0 us dense"),
+        )
+        size = int(batch.shape[0])
+        return BenchResult(Spread(40.0, 50.0, 60.0), references, absent, {}, 90, 10, size, threads, decisions)
 
     monkeypatch.setattr("autoprune.lut.bench.bench", bench)
     return asked
@@ -133,6 +139,8 @@ def test_bench_prints_and_appends_its_rows(
     assert ["deployed", "40.0", "50.0", "60.0", "0.50"] in lines
     assert ["onnxruntime", "190", "200", "210", "2.00"] in lines
     assert "torch-compile: no compiler" in out
+    assert "4.0 us against 9.0 us dense" in " ".join(out.split())
+    assert "conv1 dense dense" not in " ".join(out.split())
     assert "80 of 90 samples kept" in out
     assert len(csv.read_text().splitlines()) == 4
 
@@ -147,6 +155,10 @@ def test_bench_of_a_run_takes_its_policy_weights_and_settings(
     assert record["deployed"] == {"p20": 40.0, "p50": 50.0, "p80": 60.0}
     assert set(record["references"]) == {"plan", "onnxruntime"}
     assert (record["fastest_reference"], record["ratio"]) == ("plan", 0.5)
+    assert [(layer["layer"], layer["kernel"]) for layer in record["layers"]] == [
+        ("conv1", "dense"),
+        ("layer1.0.conv1", "block"),
+    ]
     assert (record["context"]["batch"], record["context"]["threads"]) == (4, 1)
     assert cli([*argv, "--batch", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["context"]["batch"] == 2

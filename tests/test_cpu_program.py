@@ -201,6 +201,33 @@ def test_idle_program_uses_no_processor_time() -> None:
     assert time.process_time() - before < 0.05
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be placed on this system")
+def test_a_worker_wakes_on_another_core_than_the_caller_and_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[set[int]] = []
+    allowed, place = os.sched_getaffinity(0), os.sched_setaffinity
+
+    def record(thread: int, cores: set[int]) -> None:
+        placed.append(set(cores))
+        place(thread, cores)
+
+    program = small_program(SmallNet(1), 1, 2)
+    image = torch.randn(1, 1, 12, 12)
+    program.run(image)
+    monkeypatch.setattr(os, "sched_setaffinity", record)
+    time.sleep(0.05)  # by now the worker sleeps
+    place(0, {min(allowed)})
+    program.run(image)
+    assert placed == [], "the caller has one core: nothing to choose"
+    place(0, allowed)
+    time.sleep(0.05)
+    program.run(image)
+    time.sleep(0.05)
+    if len(allowed) > 1:
+        chosen, freed = placed
+        assert len(chosen) == 1
+        assert freed == allowed
+
+
 def test_workers_end_with_their_program() -> None:
     def workers() -> int:
         return sum(thread.name.startswith("kernel-") for thread in threading.enumerate())

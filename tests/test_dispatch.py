@@ -16,10 +16,13 @@ from autoprune.core.errors import DeviceError, MissingLatency, ModelError
 from autoprune.core.layers import LayerSpec
 from autoprune.kernels.convert import convert, deploy_on
 from autoprune.kernels.deployed import DeployedModel
-from autoprune.kernels.dispatch import CPU, Place, decide, ell_density, kernels_for, lookup_of, refusal
+from autoprune.kernels.dispatch import CPU, Place, Timed, decide, ell_density, kernels_for, lookup_of, refusal
+from autoprune.kernels.formats.ell import Tile
 from autoprune.kernels.gpu import GpuModel
 from autoprune.kernels.nested import layers_by_hooks
 from autoprune.kernels.semi_structured import SemiStructuredLayer
+from autoprune.kernels.triton.configs import candidates
+from autoprune.kernels.triton.layers import ELLConv2d
 from autoprune.kernels.triton.spmm_layers import SparseConv2d, SparseLinear
 from autoprune.lut.deploy import masked_copy
 from autoprune.sparsity.masks import make_mask
@@ -78,7 +81,7 @@ def test_masks_shared_by_whole_groups_lose_nothing_in_block_ell() -> None:
 
 
 def _lookup(rows: Mapping[str, Mapping[str, float]]) -> object:
-    return lambda layer, choice: rows.get(choice.text, {})
+    return lambda layer, choice: {name: Timed(us, "64x2") for name, us in rows.get(choice.text, {}).items()}
 
 
 @pytest.mark.parametrize(
@@ -89,9 +92,9 @@ def _lookup(rows: Mapping[str, Mapping[str, float]]) -> object:
         ({"spmm": 11.0, "ell": 12.3}, {"dense": 20.1}, "spmm", "spmm kernel: 11.0 us"),
         ({"ell": 20.1}, {"dense": 20.1}, "dense", "left dense because the ell kernel is not faster: 20.1 us"),
         ({"spmm": 90.0}, {"dense": 20.1}, "dense", "left dense because the spmm kernel is not faster"),
-        ({}, {"dense": 20.1}, "ell", "ell kernel multiplies 22% of the layer; the table has no row"),
-        ({"ell": 1.0}, {}, "ell", "the table has no row to compare it by"),
-        ({"semi": 1.0}, {"dense": 20.1}, "ell", "no row"),
+        ({}, {"dense": 20.1}, "dense", "left dense because the table has a dense row and none of a sparse kernel"),
+        ({"semi": 1.0}, {"dense": 20.1}, "dense", "none of a sparse kernel"),
+        ({"ell": 1.0}, {}, "ell", "ell kernel multiplies 22% of the layer; the table has no row to compare it by"),
     ],
 )
 def test_the_fastest_row_wins_and_the_reason_names_the_figures(
@@ -100,6 +103,7 @@ def test_the_fastest_row_wins_and_the_reason_names_the_figures(
     decision = decide(CONV, SHARED, HALF, _lookup({SHARED.text: own, "dense": dense}))  # type: ignore[arg-type]
     assert (decision.layer, decision.choice, decision.kernel) == ("conv", SHARED.text, kernel)
     assert why in decision.why
+    assert decision.config == ("64x2" if "kernel: " in decision.why else "")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,7 @@ def test_without_rows_only_what_is_expected_to_pay_leaves_dense(
 class _Row:
     p50: float
     kernel: str
+    config: str = ""
 
 
 class _Table:
@@ -142,10 +147,10 @@ class _Table:
 
 
 def test_a_table_names_the_kernel_of_its_rows_on_a_gpu_alone() -> None:
-    table = _Table({"dense": _Row(9.0, "cudnn"), SHARED.text: _Row(3.0, "ell")})
+    table = _Table({"dense": _Row(9.0, "cudnn"), SHARED.text: _Row(3.0, "ell", "a")})
     gpu, cpu = lookup_of(table, HALF), lookup_of(table, CPU)
-    assert (gpu(CONV, SHARED), gpu(CONV, Dense())) == ({"ell": 3.0}, {"cudnn": 9.0})
-    assert cpu(CONV, SHARED) == {"block": 3.0}
+    assert (gpu(CONV, SHARED), gpu(CONV, Dense())) == ({"ell": Timed(3.0, "a")}, {"cudnn": Timed(9.0)})
+    assert cpu(CONV, SHARED) == {"block": Timed(3.0)}
     assert gpu(CONV, TRUE) == {}
     assert lookup_of(None)(CONV, SHARED) == {}
 
@@ -157,12 +162,12 @@ def _inputs(batch: int, shape: tuple[int, ...]) -> Tensor:
 class _Always(_Table):
     """Rows in which the kernel of every choice beats dense."""
 
-    def __init__(self, kernel: str) -> None:
+    def __init__(self, kernel: str, config: str = "") -> None:
         super().__init__({})
-        self.kernel = kernel
+        self.kernel, self.config = kernel, config
 
     def row(self, layer: LayerSpec, choice: Choice) -> _Row:
-        return _Row(9.0, "cudnn") if isinstance(choice, Dense) else _Row(1.0, self.kernel)
+        return _Row(9.0, "cudnn") if isinstance(choice, Dense) else _Row(1.0, self.kernel, self.config)
 
 
 def _choices(model: nn.Module, choice: Choice, x: Tensor) -> dict[str, Choice]:
@@ -177,17 +182,33 @@ def _assert_close(deployed: DeployedModel, masked: nn.Module, x: Tensor, toleran
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("choice", [Fine(keep=0.2), TRUE, CK(keep=0.4), NM(n=2, m=4)], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "choice"),
+    [
+        ("spmm", Fine(keep=0.2)),
+        ("spmm", TRUE),
+        ("spmm", CK(keep=0.4)),
+        ("spmm", NM(n=2, m=4)),
+        ("ell", Pattern(count=8, entries=4, kernels=0.5, share=(16, 8))),
+        ("ell", Block(keep=0.01)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["resnet", "functional", "tokens", "depthwise", "perceptron"])
-def test_network_for_a_gpu_gives_the_masked_networks_outputs(name: str, choice: Choice, dtype: torch.dtype) -> None:
+def test_network_for_a_gpu_gives_the_masked_networks_outputs(
+    name: str, kernel: str, choice: Choice, dtype: torch.dtype
+) -> None:
     make, shape = {**PLANNED, **NESTED}[name]
     model, x = make(), _inputs(2, shape)
     choices = _choices(model, choice, x)
     masked = masked_copy(model, choices)
-    deployed = deploy_on(torch.device("cpu"), masked, choices, x, _Always("spmm"), dtype)
+    deployed = deploy_on(torch.device("cpu"), masked, choices, x, _Always(kernel), dtype)
     assert isinstance(deployed, GpuModel)
-    replaced = {name for name, m in deployed.network.named_modules() if isinstance(m, SparseConv2d | SparseLinear)}
-    assert replaced == {layer for layer, _, kernel, _ in deployed.explain() if kernel == "spmm"} == set(choices)
+    kinds = (SparseConv2d, SparseLinear) if kernel == "spmm" else (ELLConv2d,)
+    replaced = {name for name, module in deployed.network.named_modules() if isinstance(module, kinds)}
+    assert replaced == {layer for layer, _, found, _ in deployed.explain() if found == kernel}
+    served = {n for n, c in choices.items() if kernel == "spmm" or isinstance(model.get_submodule(n), nn.Conv2d)}
+    assert replaced == served
     for batch in (2, 3):
         _assert_close(deployed, masked, _inputs(batch, shape), 1e-4 if dtype == torch.float32 else 5e-2)
 
@@ -200,6 +221,33 @@ def test_network_for_a_gpu_without_rows_stays_dense_where_nothing_pays() -> None
     assert (told["layer1.0.conv1"], told["layer2.0.conv1"]) == ("dense", "spmm")
     assert deployed.example.dtype == torch.bfloat16
     assert len(deployed.time_us(2)) == 2
+
+
+def test_code_that_flattens_by_view_runs_on_contiguous_maps() -> None:
+    make, shape = PLANNED["functional"]
+    model, x = make(), _inputs(2, shape)
+    choices: dict[str, Choice] = {"second": Block(keep=0.01)}
+    masked = masked_copy(model, choices)
+    deployed = deploy_on(torch.device("cpu"), masked, choices, x, _Always("ell"), torch.float32)
+    assert deployed.memory_format == torch.contiguous_format
+    _assert_close(deployed, masked, x, 1e-4)
+    assert deploy_on(torch.device("cpu"), resnet(), {}, _inputs(1, (1, 12, 12))).memory_format == torch.channels_last
+
+
+def test_layers_run_on_the_configuration_that_was_measured() -> None:
+    model, x = resnet(), _inputs(1, (1, 12, 12))
+    name, choice = "layer2.0.conv2", Pattern(count=8, entries=4, kernels=0.5, share=(32, 8))
+    masked = masked_copy(model, {name: choice})
+    config = candidates(LayerSpec("a", "conv", (32, 32, 3, 3), output_hw=(6, 6)), 1, torch.bfloat16)[-1]
+    for kernel, text in (("ell", config.text), ("spmm", "64x16-w2")):
+        deployed = deploy_on(torch.device("cpu"), masked, {name: choice}, x, _Always(kernel, text))
+        layer = deployed.network.get_submodule(name)
+        if isinstance(layer, ELLConv2d):
+            assert (layer.options.launch.forward, layer.options.tile) == (config, Tile(config.bn, config.bk))
+        else:
+            assert isinstance(layer, SparseConv2d)
+            assert layer.config == text
+        _assert_close(deployed, masked, x, 5e-2)
 
 
 class _Head(nn.Module):

@@ -104,7 +104,7 @@ class Blocked:
         """Return the same blocks with the values of another weight, by one gather."""
         values = aligned(self.values.shape, np.float32)
         values[:] = gather(weight_KCRS, self.gather_index())
-        return replace(self, values=values)
+        return replace(self, values=values)  # type: ignore[arg-type]
 
     def transpose(self) -> Self:
         """Return the input gradient's weight, (C, K, R, S) with turned windows, in blocks along its own filters.

@@ -83,13 +83,19 @@ class FKW:
         """Bytes of patterns (a bit a weight, in whole bytes), order, pointers, strides, channels and values."""
         pools = len(self.patterns) * -(-self.patterns.shape[1] // 8)
         arrays = (self.order, self.row_ptr, self.stride, self.channels, self.values)
-        return pools + sum(array.nbytes for array in arrays)
+        return int(pools + sum(array.nbytes for array in arrays))
 
     @property
     def row_lengths(self) -> npt.NDArray[np.int64]:
         """Entries of each stored row, (K); all equal when every filter kept as many weights."""
-        entries: npt.NDArray[np.int64] = np.diff(self.stride.astype(np.int64), axis=1) @ self.patterns.sum(1)
+        entries: npt.NDArray[np.int64] = self._counts @ self.patterns.sum(1)
         return entries
+
+    @property
+    def _counts(self) -> npt.NDArray[np.int64]:
+        """Kernels of each row and pattern, (K, M)."""
+        edges = self.stride.astype(np.int64)
+        return edges[:, 1:] - edges[:, :-1]
 
     @property
     def groups(self) -> tuple[tuple[int, int], ...]:
@@ -101,9 +107,9 @@ class FKW:
     def gather_index(self) -> npt.NDArray[np.int64]:
         """Return the place in the flat KCRS weight of every value, (entries)."""
         window = self.patterns.shape[1]
-        counts = np.diff(self.stride.astype(np.int64), axis=1)
+        counts = self._counts
         pattern = np.repeat(np.tile(np.arange(len(self.patterns)), self.shape[0]), counts.ravel())
-        filters = np.repeat(self.order.astype(np.int64), np.diff(self.row_ptr))
+        filters = np.repeat(self.order.astype(np.int64), counts.sum(1))
         kernel, tap = np.nonzero(self.patterns[pattern])
         index: npt.NDArray[np.int64] = (
             filters[kernel] * self.shape[1] + self.channels.astype(np.int64)[kernel]

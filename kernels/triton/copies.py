@@ -53,8 +53,9 @@ def launch_pad(x_NHWC: Tensor, pad: tuple[int, int]) -> Tensor:
     cells, block = images * rows * columns, min(128, triton.next_power_of_2(channels))
     with on_device(x_NHWC):
         pad_map[(cdiv(cells, _PIXELS) * cdiv(channels, block),)](
-            x_NHWC, out, cells, rows, columns, channels // GROUP, *pad, *strides8(x_NHWC), BP=_PIXELS, BC=block, **COMPILER
-        )
+            x_NHWC, out, cells, rows, columns, channels // GROUP, *pad, *strides8(x_NHWC),
+            BP=_PIXELS, BC=block, **COMPILER,
+        )  # fmt: skip
     return out
 
 

@@ -41,7 +41,8 @@ def tap_offset8(code, x_h8, x_w8):  # type: ignore[no-untyped-def]
 @triton.jit(
     do_not_specialize=[
         "pixels", "last", "out_h", "out_w", "filters", "k8", "steps", "tiles",
-        "x_n8", "x_h8", "x_w8", "pixel_h8", "pixel_w8", "res_n8", "res_h8", "res_w8", "out_n8", "out_h8", "out_w8", "ring_h", "ring_w",
+        "x_n8", "x_h8", "x_w8", "pixel_h8", "pixel_w8",
+        "res_n8", "res_h8", "res_w8", "out_n8", "out_h8", "out_w8", "ring_h", "ring_w",
     ]
 )  # fmt: skip
 def ell_forward(  # type: ignore[no-untyped-def]

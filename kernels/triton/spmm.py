@@ -22,7 +22,7 @@ _ROW_SHIFT = tl.constexpr(3)
 _TAP_MASK = tl.constexpr(7)
 
 
-@triton.jit(
+@triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=[
         "rows", "pixels", "width", "area", "image_stride", "plane_stride", "line_stride", "pixel_row", "pixel_column",
     ]
@@ -75,7 +75,7 @@ def spmm_forward(  # type: ignore[no-untyped-def]
     tl.store(y + cell, acc.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(
+@triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=[
         "rows", "chunks", "splits", "entries",
         "pixels", "width", "area", "image_stride", "plane_stride", "line_stride", "pixel_row", "pixel_column",

@@ -54,13 +54,13 @@ class SpmmConfig:
         return known[text]
 
 
-_FORWARD = (SpmmConfig(1024, 8, 4), SpmmConfig(256, 8, 4), SpmmConfig(64, 16, 2))
+_FORWARD = (SpmmConfig(1024, 8, 4), SpmmConfig(512, 8, 4), SpmmConfig(256, 8, 4), SpmmConfig(64, 16, 2))
 _DWEIGHT = (SpmmConfig(256, 8, 4), SpmmConfig(64, 8, 2))
 
 
 def forward_configs(dtype: torch.dtype) -> tuple[SpmmConfig, ...]:
     """Return the variants of the forward kernel that may be chosen for a dtype, by falling width."""
-    return _FORWARD[1:2] if dtype == torch.float32 else _FORWARD
+    return _FORWARD[2:3] if dtype == torch.float32 else _FORWARD
 
 
 def dweight_configs(dtype: torch.dtype) -> tuple[SpmmConfig, ...]:

@@ -13,7 +13,7 @@ from autoprune.core.layers import LayerSpec
 from autoprune.kernels.formats.cpu import CSR
 from autoprune.kernels.formats.fkw import FKW
 from autoprune.kernels.triton.spmm_launch import SpmmShape
-from autoprune.kernels.triton.spmm_op import RowIndex, dense_weight, sparse_conv
+from autoprune.kernels.triton.spmm_op import INDEX_TENSORS, RowIndex, dense_weight, sparse_conv
 
 MAX_PADDING, MAX_WINDOW = 3, 7
 
@@ -67,7 +67,7 @@ class _SparseLayer(nn.Module):
     @property
     def index(self) -> RowIndex:
         """The structure that the mask fixes."""
-        return RowIndex.read([self.get_buffer(f"index{number}") for number in range(8)], self.longest)
+        return RowIndex.read([self.get_buffer(f"index{number}") for number in range(INDEX_TENSORS)], self.longest)
 
     @property
     def weight_bytes(self) -> int:

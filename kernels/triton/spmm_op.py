@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from torch import Tensor
 from autoprune.core.errors import ModelError
 from autoprune.kernels.formats.rows import SparseRows
 from autoprune.kernels.triton.spmm_launch import RowTensors, SpmmConfig, SpmmShape, launch_dweight, launch_forward
+
+INDEX_TENSORS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,8 @@ class RowIndex:
     @staticmethod
     def read(tensors: Sequence[Tensor], longest: int) -> RowIndex:
         """Return the index that ``tensors`` lists; ``longest`` is of the forward rows."""
-        a, b, (gather_index, permutation) = tensors[:3], tensors[3:6], tensors[6:]
-        return RowIndex(RowTensors(*a, longest), RowTensors(*b, 0), gather_index, permutation)
+        forward, transposed = (RowTensors(t[0], t[1], t[2], size) for t, size in ((tensors, longest), (tensors[3:], 0)))
+        return RowIndex(forward, transposed, tensors[6], tensors[7])
 
 
 def _tensors(rows: SparseRows) -> RowTensors:
@@ -188,34 +191,29 @@ def _dense_backward(
     return (dx.contiguous() if wanted[0] else dx), dweight
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-    x, values, bias, residual, index, geometry, longest, _ = inputs
-    assert isinstance(x, Tensor)
-    assert isinstance(values, Tensor)
-    assert isinstance(index, list)
-    assert isinstance(geometry, list)
-    relu = bool(geometry[-1])
-    ctx.save_for_backward(x, values, *([output] if relu else []), *index)
-    ctx.geometry, ctx.longest, ctx.relu = geometry, longest, relu  # type: ignore[attr-defined]
-    ctx.bias_dtype = bias.dtype if isinstance(bias, Tensor) else None  # type: ignore[attr-defined]
-    ctx.has_residual = residual is not None  # type: ignore[attr-defined]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, bias, _, index, ctx.geometry, ctx.longest, _ = inputs
+    ctx.relu = SpmmShape.read(ctx.geometry).relu
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, values, *index, *([output] if ctx.relu else []))
 
 
-def _gradients(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[object, ...]:
-    saved = list(ctx.saved_tensors)  # type: ignore[attr-defined]
-    x, values, index = saved[0], saved[1], saved[-8:]
-    if ctx.relu:  # type: ignore[attr-defined]
-        dy = torch.where(saved[2] > 0, dy, 0.0)
-    needs = ctx.needs_input_grad  # type: ignore[attr-defined]
-    dx = dvalues = None
-    if needs[0] or needs[1]:
-        wanted = [bool(needs[0]), bool(needs[1])]
-        dx, dvalues = _sparse_conv_backward(
-            dy, x, values, index, ctx.geometry, ctx.longest, wanted  # type: ignore[attr-defined]
-        )
-        dx, dvalues = (gradient if want else None for gradient, want in zip((dx, dvalues), wanted, strict=True))
-    dbias = dy.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if needs[2] else None  # type: ignore[attr-defined]
-    return dx, dvalues, dbias, dy if needs[3] else None, [None] * len(index), None, None, None
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, values, *rest = ctx.saved_tensors
+    index = rest[:INDEX_TENSORS]
+    if ctx.relu:
+        dy = torch.ops.aten.threshold_backward(dy, rest[-1], 0)
+    need_x, need_values, need_bias, need_residual = ctx.needs_input_grad[:4]
+    dx = dvalues = dbias = None
+    if need_x or need_values:
+        wanted = [bool(need_x), bool(need_values)]
+        dx, dvalues = _sparse_conv_backward(dy, x, values, index, ctx.geometry, ctx.longest, wanted)
+    if need_bias:
+        dbias = dy.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
+    return (
+        dx if need_x else None, dvalues if need_values else None, dbias, dy if need_residual else None,
+        [None] * INDEX_TENSORS, None, None, None,
+    )  # fmt: skip
 
 
 _sparse_conv.register_autograd(_gradients, setup_context=_save)
