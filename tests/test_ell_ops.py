@@ -23,8 +23,9 @@ from autoprune.kernels.triton.configs import (
     default_config,
     default_tile,
 )
+from autoprune.kernels.triton.convolution import ELLLayout, ell_conv2d
 from autoprune.kernels.triton.layers import ELLConv2d, ELLOptions
-from autoprune.kernels.triton.ops import ELLLayout, ell_conv, ell_conv2d, ell_pad, ell_repack
+from autoprune.kernels.triton.ops import ell_conv, ell_pad, ell_repack
 from autoprune.kernels.triton.shapes import EllShape
 
 _TILE = Tile(32, 32)
@@ -194,6 +195,8 @@ def test_wrong_inputs_are_refused() -> None:
         ELLConv2d.from_conv(nn.Conv2d(20, 20, 3, groups=20))
     with pytest.raises(ModelError, match="cannot be folded"):
         ELLConv2d.from_conv(_conv(), options=ELLOptions(master="packed", norm=nn.BatchNorm2d(40)))
+    with pytest.raises(ModelError, match="without running statistics"):
+        ELLConv2d.from_conv(_conv(), options=ELLOptions(norm=nn.BatchNorm2d(40, track_running_stats=False)))
 
 
 _LAYER = LayerSpec("conv", "conv", (256, 256, 3, 3), padding=(1, 1), input_hw=(14, 14), output_hw=(14, 14))

@@ -6,12 +6,15 @@ generator; ``cuobjdump`` and ``nvdisasm`` come with Triton.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from autoprune.kernels.triton.configs import Config
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 _WIDE_COPY = re.compile(r"LDGSTS\.\S*\b128\b")
+Job = tuple[Config, torch.dtype, int, bool]
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -105,27 +109,48 @@ def fake_device(arch: int) -> Iterator[None]:
         config._active = before
 
 
-def compile_config(config: Config, dtype: torch.dtype, arch: int) -> Resources:
-    """Compile one configuration with every part of its epilogue and return what it needs.
+def resource_report(jobs: Sequence[Job], *, processes: int = 2, cache_dir: str | None = None) -> dict[Job, Resources]:
+    """Compile configurations in processes of their own and return what each needs, in the order given.
+
+    Args:
+        jobs: Arguments of ``compile_config``.
+        processes: Compilers at work at once.
+        cache_dir: Triton's cache; one of its own, removed at the end, when None.
+    """
+    with (
+        tempfile.TemporaryDirectory() as own,
+        ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (cache_dir or own,)) as pool,
+    ):
+        return dict(zip(jobs, pool.map(compile_config, *zip(*jobs, strict=True)), strict=True))
+
+
+def _start_worker(cache_dir: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = cache_dir
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def compile_config(config: Config, dtype: torch.dtype, arch: int, residual: bool = True) -> Resources:
+    """Compile one configuration and return what it needs.
 
     Args:
         config: Of either kernel.
         dtype: Of inputs and weights.
         arch: 80 or 90.
+        residual: Forward: whether it adds a residual; the only part of the epilogue that is compiled in or left out.
     """
     with fake_device(arch):
-        return resources(_warm(config, dtype), arch)
+        return resources(_warm(config, dtype, residual), arch)
 
 
-def _warm(config: Config, dtype: torch.dtype) -> Any:
+def _warm(config: Config, dtype: torch.dtype, residual: bool) -> Any:
     size = 1 << 10  # sizes are not specialised on
     tile = {"BM": config.bm, "BN": config.bn, "BK": config.bk}
     meta = {**tile, **config.options, "grid": (1,)}
     if config.kind == "forward":
         from autoprune.kernels.triton.ell import ell_forward
 
-        tensors = (dtype, dtype, torch.int32, dtype, dtype, dtype)
-        return ell_forward.warmup(*tensors, *[size] * 21, RELU=True, **meta)
+        tensors = (dtype, dtype, torch.int32, torch.float32, dtype if residual else None, dtype)
+        return ell_forward.warmup(*tensors, *[size] * 21, 0.0, **meta)
     from autoprune.kernels.triton.ell_backward import ell_dweight
 
     return ell_dweight.warmup(dtype, dtype, torch.int32, torch.float32, *[size] * 16, **meta)

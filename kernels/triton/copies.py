@@ -16,7 +16,7 @@ _PIXELS = 32
 _TAKE_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["cells", "rows", "columns", "c8", "pad_h", "pad_w", "x_n8", "x_h8", "x_w8"])
+@triton.jit(do_not_specialize=["cells", "rows", "columns", "c8", "pad_h", "pad_w", "x_n8", "x_h8", "x_w8"])  # type: ignore[untyped-decorator]
 def pad_map(  # type: ignore[no-untyped-def]
     x, out, cells, rows, columns, c8, pad_h, pad_w, x_n8, x_h8, x_w8, BP: tl.constexpr, BC: tl.constexpr
 ):
@@ -35,7 +35,7 @@ def pad_map(  # type: ignore[no-untyped-def]
     tl.store(out + (cell.to(tl.int64) * c8 * 8)[:, None] + c[None, :], value, mask=live)
 
 
-@triton.jit(do_not_specialize=["count", "size"])
+@triton.jit(do_not_specialize=["count", "size"])  # type: ignore[untyped-decorator]
 def take(source, index, out, count, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """``out[i] = source[index[i]]``, or 0 where the index is ``size``."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -9,6 +9,7 @@ tap. Sizes ending in ``8`` count in units of 8 elements: multiplied by 8 inside 
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -38,22 +39,26 @@ def tap_offset8(code, x_h8, x_w8):  # type: ignore[no-untyped-def]
     return (code & _CHANNEL_MASK) + column * x_w8 + row * x_h8
 
 
-@triton.jit(
+@triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=[
-        "pixels", "last", "out_h", "out_w", "filters", "k8", "steps", "tiles",
+        "pixels", "last", "out_h", "out_w", "biases", "k8", "steps", "tiles",
         "x_n8", "x_h8", "x_w8", "pixel_h8", "pixel_w8",
-        "res_n8", "res_h8", "res_w8", "out_n8", "out_h8", "out_w8", "ring_h", "ring_w",
+        "res_n8", "res_h8", "res_w8", "out_n8", "out_h8", "out_w8", "ring_h", "ring_w", "floor",
     ]
 )  # fmt: skip
 def ell_forward(  # type: ignore[no-untyped-def]
     x, weight, groups, bias, residual, out,
-    pixels, last, out_h, out_w, filters, k8, steps, tiles,
+    pixels, last, out_h, out_w, biases, k8, steps, tiles,
     x_n8, x_h8, x_w8, pixel_h8, pixel_w8,
     res_n8, res_h8, res_w8,
-    out_n8, out_h8, out_w8, ring_h, ring_w,
-    RELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    out_n8, out_h8, out_w8, ring_h, ring_w, floor,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One BM × BN tile of ``relu(conv(x, weight) + bias + residual)``, and the zero ring around its border pixels."""
+    """One BM × BN tile of ``max(conv(x, weight) + bias + residual, floor)``, and the ring around its border pixels.
+
+    Bias and rectifier are switched by numbers, not by variants: every variant is one more program to keep free of
+    spills. Without a bias ``biases`` is 0; without a rectifier ``floor`` is -inf.
+    """
     # All filter tiles of 8 pixel tiles run together: they read the same inputs, which then come from the L2 cache.
     program = tl.program_id(0)
     first = program // (_GROUP_SWIZZLE * tiles) * _GROUP_SWIZZLE
@@ -88,9 +93,7 @@ def ell_forward(  # type: ignore[no-untyped-def]
     list_start = tile_n * steps
     group_ptr = groups + kk // 8
     weight_ptr = weight + (list_start * (BK * BN) + kk[:, None] * BN + tl.arange(0, BN)[None, :])
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    if bias is not None:
-        acc += tl.load(bias + k, mask=k < filters, other=0.0).to(tl.float32)[None, :]
+    acc = tl.zeros((BM, BN), dtype=tl.float32) + tl.load(bias + k, mask=k < biases, other=0.0)[None, :]
     # The next index is carried through the loop: loaded where it is used, it would halve the pipeline.
     code = tl.load(group_ptr + list_start * (BK // 8))
     for step in range(0, steps):
@@ -108,13 +111,11 @@ def ell_forward(  # type: ignore[no-untyped-def]
     p = pixel // out_w % out_h
     n = pixel // out_w // out_h
     # Rounded before the residual is added, as an addition of its own would be: half the registers to exchange.
-    y = acc.to(out.dtype.element_ty)
+    y = acc.to(out.dtype.element_ty).to(tl.float32)
     if residual is not None:
         cells = residual + ((n * res_n8 + p * res_h8 + q * res_w8).to(tl.int64) * 8)[:, None] + k[None, :]
-        added = tl.load(cells, mask=live, other=0.0).to(tl.float32)
-        y = (y.to(tl.float32) + added).to(out.dtype.element_ty)
-    if RELU:
-        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y += tl.load(cells, mask=live, other=0.0).to(tl.float32)
+    y = tl.maximum(y, floor, propagate_nan=tl.PropagateNan.ALL).to(out.dtype.element_ty)
     cells = out + ((n * out_n8 + (p + ring_h) * out_h8 + (q + ring_w) * out_w8).to(tl.int64) * 8)[:, None] + k[None, :]
     tl.store(cells, y, mask=live)
 
@@ -179,12 +180,15 @@ def launch_forward(
     check_size(x_NHWC, out_NHWC)
     image, row, column = strides8(x_NHWC)
     residual = (0, 0, 0) if residual_NHWC is None else strides8(residual_NHWC)
+    # Without a bias nothing is read there, but the pointer must be one to float32.
+    bias_ptr = groups.view(torch.float32) if bias is None else bias.float().contiguous()
+    biases, k8 = 0 if bias is None else shape.filters, out_NHWC.shape[3] // GROUP
     with on_device(x_NHWC):
         ell_forward[(cdiv(pixels, config.bm) * tiles,)](
-            x_NHWC, weight, groups, bias, residual_NHWC, out_NHWC,
-            pixels, pixels - 1, out_h, out_w, shape.filters, out_NHWC.shape[3] // GROUP, steps, tiles,
+            x_NHWC, weight, groups, bias_ptr, residual_NHWC, out_NHWC,
+            pixels, pixels - 1, out_h, out_w, biases, k8, steps, tiles,
             image, row, column, shape.stride[0] * row, shape.stride[1] * column,
-            *residual, *(s // GROUP for s in out_NHWC.stride()[:3]), *shape.ring,
-            RELU=shape.relu, BM=config.bm, BN=config.bn, BK=config.bk,
+            *residual, *(s // GROUP for s in out_NHWC.stride()[:3]), *shape.ring, 0.0 if shape.relu else -math.inf,
+            BM=config.bm, BN=config.bn, BK=config.bk,
             **config.options,
         )  # fmt: skip

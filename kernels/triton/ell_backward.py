@@ -21,7 +21,7 @@ _PADDING = tl.constexpr(PADDING)
 _REDUCE_BLOCK = 1024
 
 
-@triton.jit(
+@triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=[
         "pixels", "out_h", "out_w", "k8", "list8", "tiles", "row_blocks", "turns", "x_h8", "x_w8",
         "pixel_n8", "pixel_h8", "pixel_w8", "step_n", "step_h", "step_w",
@@ -74,7 +74,7 @@ def ell_dweight(  # type: ignore[no-untyped-def]
     tl.store(workspace + entry + row[:, None] * BN + nn[None, :], acc, mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["total", "parts"])
+@triton.jit(do_not_specialize=["total", "parts"])  # type: ignore[untyped-decorator]
 def ell_reduce(workspace, groups, out, total, parts, BN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add the parts in order; padding groups get a gradient of 0."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

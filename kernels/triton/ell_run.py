@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from autoprune.kernels.formats.ell import GROUP, BlockELL, Tile, padded
 from autoprune.kernels.triton.configs import Launch, Work
@@ -110,15 +111,14 @@ def dense_input_gradient(dy: Tensor, x_shape: torch.Size, weight_KCRS: Tensor, s
     halo_h, halo_w = shape.halo
     inner = (x_shape[0], shape.channels, x_shape[2] - 2 * halo_h, x_shape[3] - 2 * halo_w)
     weight = weight_KCRS.contiguous(memory_format=torch.channels_last)
-    dx = torch.nn.grad.conv2d_input(inner, weight, dy[:, : shape.filters], shape.stride, shape.halo)
+    grad = dy[:, : shape.filters]
+    dx: Tensor = conv2d_input(inner, weight, grad, shape.stride, shape.halo)  # type: ignore[no-untyped-call]
     if max(shape.halo) or inner[1] % GROUP:
         return pad(dx, shape.halo)
     return dx.contiguous(memory_format=torch.channels_last)
 
 
-def weight_gradient(
-    dy: Tensor, x: Tensor, groups: Tensor, tile: Tile, shape: EllShape, launch: Launch
-) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor, groups: Tensor, tile: Tile, shape: EllShape, launch: Launch) -> Tensor:
     """Return the gradient of the packed weight, (tiles, steps, BK, BN); padding groups get 0.
 
     Args:

@@ -12,7 +12,8 @@ from autoprune.core.errors import ModelError
 from autoprune.kernels.fold import fold_norm
 from autoprune.kernels.formats.ell import BlockELL, Tile
 from autoprune.kernels.triton.configs import Launch
-from autoprune.kernels.triton.ops import ELLLayout, ell_conv2d, ell_repack
+from autoprune.kernels.triton.convolution import ELLLayout, ell_conv2d
+from autoprune.kernels.triton.ops import ell_repack
 from autoprune.kernels.triton.shapes import EllShape
 
 Master = Literal["packed", "dense", "frozen"]
@@ -104,6 +105,10 @@ class ELLConv2d(nn.Module):
         weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
         mask = weight != 0 if mask is None else mask
         if options.norm is not None:
+            if options.norm.running_mean is None:
+                raise ModelError(
+                    "ELLConv2d: a BatchNorm without running statistics cannot be folded; keep it as a module."
+                )
             if options.master != "frozen":
                 raise ModelError(
                     f"ELLConv2d: a BatchNorm cannot be folded into a layer that trains (master='{options.master}'); "
@@ -133,7 +138,8 @@ class ELLConv2d(nn.Module):
     def packed_weight(self) -> Tensor:
         """Return the weight as the kernel reads it, (tiles, steps, BK, BN); gradients flow through."""
         if self.gather is not None and self.scatter is not None:
-            return ell_repack(self.weight, self.gather, self.scatter)
+            packed: Tensor = ell_repack(self.weight, self.gather, self.scatter)
+            return packed
         # Pruned places inside a shared group would get a gradient, and come to life.
         return self.weight if self.keep is None else self.weight * self.keep
 
