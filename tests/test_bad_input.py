@@ -187,7 +187,7 @@ def test_policy(refused: Refused, argv: list[str], part: str) -> None:
         (["lut", "build", "--limit", "0m"], "--limit '0m': write a time above 0 with its unit"),
         (["lut", "build", "--batches", "1,x"], "--batches: 'x' is no batch size"),
         (["lut", "build", "--models", " , "], "--models ' , ': empty"),
-        (["lut", "build", "--models", "resnet20,resnet21"], "no model 'resnet21'. Did you mean 'resnet20'"),
+        (["lut", "build", "--models", "resnet20,resnet200"], "no model 'resnet200'. Did you mean 'resnet20'"),
         (["lut", "build", "--model", "torchvision:resnet5"], "no torchvision model 'resnet5'. Did you mean"),
         (["lut", "build", "--model", "resnet20@3x32"], "must be CHANNELSxHEIGHTxWIDTH"),
         (["lut", "build", "--run", "r", "--batches", "1,2"], "--run takes one table"),
