@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from autoprune.lut.bench import BenchRow
+from autoprune.lut.context import Context
 from autoprune.lut.measure import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,10 +31,16 @@ def today() -> str:
 
 def row(
     case: str, choice: str, metric: str, samples: list[float], *, baseline: float, compression: float = 1.0,
-    unit: str = "fraction", batch: int = 1, threads: int = 1,
+    unit: str = "fraction", batch: int = 1, threads: int = 1, context: Context | None = None,
 ) -> BenchRow:
-    """Return a row of a figure that is no latency; percentiles over ``samples`` (seeds); baseline 0 means none."""
+    """Return a row of a figure; percentiles over ``samples`` (seeds, replays); baseline 0 means none.
+
+    ``context`` is of a figure that was measured on another device than this processor.
+    """
     facts = machine()
+    versions = {name: str(facts[name]) for name in ("python", "torch", "numba", "onnxruntime")}
+    if context is not None:
+        versions = {"driver": context.driver, **dict(context.versions)}
     low, middle, high = (float(value) for value in np.percentile(samples, [20, 50, 80]))
     return BenchRow(
         case=case,
@@ -46,11 +53,11 @@ def row(
         p80=round(high, 6),
         baseline_p50=round(baseline, 6),
         ratio=round(middle / baseline, 4) if baseline else 0.0,
-        device=f"{facts['cpu']} {facts['isa']}",
+        device=f"{facts['cpu']} {facts['isa']}" if context is None else context.place,
         threads=threads,
         batch=batch,
-        dtype="float32",
-        versions=" ".join(f"{name}={facts[name]}" for name in ("python", "torch", "numba", "onnxruntime")),
+        dtype="float32" if context is None else context.dtype,
+        versions=" ".join(f"{name}={value}" for name, value in versions.items() if value),
         date=today(),
         command=command(),
     )

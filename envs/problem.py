@@ -26,7 +26,7 @@ Assignment: TypeAlias = tuple[int, ...]
 
 # A sum taken in another order may differ in its last digits; that is not a budget exceeded.
 _TOLERANCE = 1e-9
-_UNITS = {"latency": "us", "macs": " MACs", "params": " weights", "size": "B"}
+_UNITS = {"latency": "us", "macs": " MACs", "params": " weights", "size": "B", "memory": "B"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Constraint:
     """One budget over the searched layers.
 
     Attributes:
-        kind: ``latency``, ``macs``, ``params`` or ``size``.
+        kind: ``latency``, ``macs``, ``params``, ``size`` or ``memory``.
         costs: One (C,) array per searched layer, in the kind's unit (µs, MACs, weights, bytes), all calls together.
         limit: Upper bound of their sum, the parts that no choice changes already taken off.
     """

@@ -166,9 +166,10 @@ def test_policy(refused: Refused, argv: list[str], part: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        ([*SEARCH, "--table", "IN/table-machine.json"], "measured with cpu 'another processor'"),
+        ([*SEARCH, "--table", "IN/table-machine.json"], "on another processor (1 threads), so it can only predict"),
         ([*SEARCH, "--table", "IN/table-batch.json"], "measured with batch 8, wanted 1"),
-        ([*SEARCH, "--table", "IN/table-threads.json"], "measured with threads 2, wanted 1"),
+        ([*SEARCH, "--table", "IN/table-threads.json"], "so it can only predict, and it is not calibrated"),
+        ([*SEARCH, "--table", "h900"], "--table h900: no such file, and no embedded table of that name"),
         ([*SEARCH, "--table", "IN/table-here.json"], "rows absent (first: "),
         ([*SEARCH, "--table", "IN/table-cut.json"], "latency table"),
         ([*SEARCH, "--table", "absent.json"], "absent.json: cannot be read"),
@@ -182,6 +183,14 @@ def test_policy(refused: Refused, argv: list[str], part: str) -> None:
         (["lut", "build", "--out", "IN/table-machine.json", "--resume"], "measured with cpu 'another processor'"),
         (["lut", "build", "--out", "IN/table-batch.json", "--resume"], "measured with batch 8, wanted 1"),
         (["lut", "build", "--out", "absent/table.json"], "absent is no folder"),
+        (["lut", "build", "--limit", "8"], "--limit '8': write a time above 0 with its unit"),
+        (["lut", "build", "--limit", "0m"], "--limit '0m': write a time above 0 with its unit"),
+        (["lut", "build", "--batches", "1,x"], "--batches: 'x' is no batch size"),
+        (["lut", "build", "--models", " , "], "--models ' , ': empty"),
+        (["lut", "build", "--models", "resnet20,resnet200"], "no model 'resnet200'. Did you mean 'resnet20'"),
+        (["lut", "build", "--model", "torchvision:resnet5"], "no torchvision model 'resnet5'. Did you mean"),
+        (["lut", "build", "--model", "resnet20@3x32"], "must be CHANNELSxHEIGHTxWIDTH"),
+        (["lut", "build", "--run", "r", "--batches", "1,2"], "--run takes one table"),
     ],
 )
 def test_latency_table(refused: Refused, argv: list[str], part: str) -> None:

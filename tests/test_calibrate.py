@@ -96,7 +96,7 @@ def test_interrupted_build_resumes_where_it_stopped() -> None:
     whole = build_table(WANTED, context, rows=kept[-1].rows, progress=lambda done, total: seen.append((done, total)))
     whole.require(WANTED)
     assert all(whole.rows[key] == row for key, row in kept[-1].rows.items())
-    assert seen == [(8, 9), (9, 9)]
+    assert seen == [(7, 9), (9, 9)]  # the grouped layer takes more of the time than the tokens
 
 
 def test_complete_table_is_not_measured_again(table: LatencyTable) -> None:

@@ -79,7 +79,7 @@ def test_every_flag_reaches_the_search(searched: list[SearchConfig], tmp_path: P
             data_dir=Path("d"),
             agent="tpe",
             space="s.yaml",
-            table=Path("t.json"),
+            table="t.json",
             evaluations=7,
             batch=4,
             threads=2,
@@ -311,7 +311,7 @@ def test_ctrl_c_elsewhere_says_how_to_go_on(
     def interrupted(*args: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("trainers.run.train_policy", "tasks.task.load_task"):
+    for name in ("trainers.run.train_policy", "search.tables.untrained"):
         monkeypatch.setattr(f"autoprune.{name}", interrupted)
     monkeypatch.setattr("autoprune.core.policy.Policy.load", interrupted)
     monkeypatch.chdir(tmp_path)

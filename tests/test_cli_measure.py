@@ -20,6 +20,7 @@ from autoprune.core.progress import Progress
 from autoprune.core.rundir import RunDir, write_text
 from autoprune.kernels.dispatch import Decision
 from autoprune.lut.bench import BenchResult
+from autoprune.lut.build import Pace
 from autoprune.lut.measure import Spread
 from autoprune.lut.table import Calibration, Context, LatencyTable, Point, current_context
 from autoprune.lut.table import Row as LatencyRow
@@ -186,7 +187,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows: Mapping[tuple[str, str], LatencyRow],
         progress: Callable[[int, int], None],
         checkpoint: Callable[[LatencyTable], None],
+        pace: Pace,
+        bench: None,
     ) -> LatencyTable:
+        assert pace.limit_s is None
         row = LatencyRow(p10=9.0, p50=10.0, p90=12.0, weight_bytes=64, kernel="made-up")
         new = {(layer.signature, choice.text): row for layer, choices in wanted.items() for choice in choices}
         asked.append(len(set(new) - set(rows)))
@@ -195,7 +199,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         progress(len(new), len(new))
         return table
 
-    def calibrate(table: LatencyTable, layers: object, deploy: object, space: object, seed: int) -> LatencyTable:
+    def calibrate(
+        table: LatencyTable, layers: object, deploy: object, space: object, seed: int, count: int, timer: None
+    ) -> LatencyTable:
+        assert count == 30
         points = tuple(Point(rows_us=us, measured_us=us) for us in (1.0, 2.0))
         made = Calibration(slope=1.1, intercept_us=5.0, mape=0.02, kendall_tau=0.9, points=points)
         return table.with_calibration(made)
@@ -211,7 +218,7 @@ def test_table_is_built_calibrated_and_shown(
     out = tmp_path / "table.json"
     assert cli(["lut", "build", "--out", str(out), "--batch", "2", "--threads", "1"]) == 0
     built = capsys.readouterr()
-    assert built.err.startswith("table: started, ")
+    assert built.err.startswith("table resnet20 b2: started, ")
     assert LatencyTable.load(out, current_context(2, 1)).calibration is not None
     assert cli(["lut", "build", "--out", str(out), "--batch", "2", "--resume"]) == 0
     assert measured[0] > 0

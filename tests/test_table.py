@@ -137,7 +137,7 @@ def test_new_rows_end_a_calibration() -> None:
         (lambda data: data.update(extra=1), "field 'extra'"),
         (lambda data: data["rows"][0]["row"].update(p50="fast"), r"field 'rows.0.row.p50'"),
         (lambda data: data["rows"][0].update(choice="blok(keep=1)"), "Did you mean 'block'"),
-        (lambda data: data.update(schema_version=2), "field 'schema_version'"),
+        (lambda data: data.update(schema_version=3), "field 'schema_version'"),
     ],
 )
 def test_damaged_table_is_refused_with_the_field(tmp_path: Path, damage: object, message: str) -> None:

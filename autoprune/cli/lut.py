@@ -24,16 +24,37 @@ def _root() -> None:
 @app.command()
 def build(
     model: options.Model = "resnet20",
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Several networks, separated by commas: resnet20,vgg16@3x32x32,torchvision:resnet50.",
+            show_default="the one of --model",
+        ),
+    ] = None,
     data: options.Data = "fashion-mnist",
     data_dir: options.DataDir = None,
-    space: options.Space = "cpu-default",
+    space: options.SpaceByDevice = None,
     batch: options.Batch = 1,
+    batches: Annotated[
+        str | None,
+        typer.Option(help="Several batch sizes, separated by commas: 1,32,128.", show_default="the one of --batch"),
+    ] = None,
     threads: options.Threads = 1,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
+    limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Time for everything, such as 8m: dense rows first, then the layers that take most of the time.",
+            show_default="as long as it takes",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The table's file, written after every layer.", show_default="made from the settings"),
+        typer.Option(
+            help="The table's file, written after every layer; of several tables their folder.",
+            show_default="made from the settings",
+        ),
     ] = None,
     run: Annotated[
         str | None, typer.Option(help="Write the table that a search of this run's name uses.", show_default=False)
@@ -43,47 +64,76 @@ def build(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure the table of a model and a search space, and calibrate it on whole networks."""
+    """Measure the table of a model and a search space, and calibrate it on whole networks; or several tables."""
     from autoprune.cli.progress import steps, working
+    from autoprune.core.duration import parse_seconds
     from autoprune.core.errors import RunError
-    from autoprune.core.rundir import make_folder
-    from autoprune.lut.build import build_table
-    from autoprune.lut.calibrate import calibrate
-    from autoprune.lut.deploy import deployer
     from autoprune.lut.device import check_device
-    from autoprune.lut.table import LatencyTable, current_context
-    from autoprune.search_spaces.space import load_space
-    from autoprune.search_spaces.trace import trace
-    from autoprune.tasks.task import load_task
+    from autoprune.search.tables import Request, build_tables, plan_jobs
 
     check_device(device)
-    settings = {"model": model, "data": data, "space": space, "batch": batch, "threads": threads}
-    path = out or _path(run, runs_dir, settings)
+    if run is not None and (models is not None or batches is not None):
+        raise RunError("--run takes one table, --models and --batches make several; leave out one of them.")
+    names = _listed("--models", models) if models is not None else [model]
+    sizes = [_size(text) for text in _listed("--batches", batches)] if batches is not None else [batch]
+    request = Request(
+        data=data,
+        data_dir=data_dir,
+        space=space or ("gpu-default" if device == "cuda" else "cpu-default"),
+        seed=seed,
+        device=device,
+        threads=threads,
+        limit_s=None if limit is None else parse_seconds("--limit", limit),
+    )
     if run is not None:
-        _check_run(run, runs_dir, settings)
+        made = {"model": model, "data": data, "space": request.space, "batch": batch, "threads": threads}
+        _check_run(run, runs_dir, made)
+    several = len(names) * len(sizes) > 1
+    file = _run_table(run, runs_dir) if run is not None else None if several else out
+    jobs = plan_jobs(names, sizes, request, file=file, folder=out if several else None, runs_dir=runs_dir)
+    for job in jobs:
+        _check_place(job.path, out, resume=resume)
+    with working() as progress:
+        tables = build_tables(jobs, request, lambda name: steps(progress, name), progress.note)
+    for job, table in zip(jobs, tables, strict=True):
+        if several and not as_json:
+            _print_summary(job.path, table)
+        else:
+            _show(table, job.path, as_json)
+            if not as_json:
+                print(job.path)
+
+
+def _listed(flag: str, text: str) -> list[str]:
+    from autoprune.core.errors import RunError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise RunError(f"{flag} {text!r}: empty; write names separated by commas.")
+    return list(dict.fromkeys(parts))
+
+
+def _size(text: str) -> int:
+    from autoprune.core.errors import RunError
+
+    if not text.isdecimal() or int(text) < 1:
+        raise RunError(f"--batches: {text!r} is no batch size; write whole numbers from 1, such as 1,32,128.")
+    return int(text)
+
+
+def _run_table(run: str, runs_dir: Path) -> Path:
+    from autoprune.core.rundir import RunDir
+
+    return RunDir.named(runs_dir, run).table
+
+
+def _check_place(path: Path, out: Path | None, *, resume: bool) -> None:
+    from autoprune.core.errors import RunError
+
     if path.exists() and not resume:
         raise RunError(f"{path} exists; --resume keeps its rows and measures what is absent, or give another --out.")
-    context = current_context(batch, threads)
-    rows = LatencyTable.load(path, context).rows if path.exists() else {}
-    task = load_task(model, data, data_dir=data_dir)
-    layers = trace(task.model, task.example)
-    choices = load_space(space, layers).choices
-    wanted = {layer: choices[layer.name] for layer in layers}
-    if out is None:
-        make_folder(path.parent)
-    elif not os.access(out.parent, os.W_OK):
+    if out is not None and path.parent != out and not os.access(out.parent, os.W_OK):
         raise RunError(f"--out {out}: {out.parent} is no folder that can be written; make it, or give another --out.")
-    with working() as progress:
-        table = build_table(
-            wanted, context, rows=rows, progress=steps(progress, "table"), checkpoint=lambda part: part.save(path)
-        )
-        progress.stage("calibration")
-        deploy = deployer(task.model, task.example.repeat(batch, 1, 1, 1), threads)
-        table = calibrate(table, layers, deploy, choices, seed)
-        table.save(path)
-    _show(table, path, as_json)
-    if not as_json:
-        print(path)
 
 
 @app.command()
@@ -115,14 +165,6 @@ def show(
     _show(table, file, as_json)
 
 
-def _path(run: str | None, runs_dir: Path, settings: dict[str, object]) -> Path:
-    from autoprune.core.rundir import RunDir, run_name, table_path
-
-    if run is not None:
-        return RunDir.named(runs_dir, run).table
-    return table_path(runs_dir, run_name(settings["model"], f"b{settings['batch']}", f"t{settings['threads']}"))
-
-
 def _check_run(run: str, runs_dir: Path, settings: dict[str, object]) -> None:
     """Refuse to measure for a run that exists with other settings."""
     from autoprune.core.rundir import RunDir, check_made_with
@@ -148,34 +190,43 @@ def _show(table: LatencyTable, path: Path, as_json: bool) -> None:
     _print_table(table)
 
 
+def _print_summary(path: Path, table: LatencyTable) -> None:
+    from autoprune.lut.left_out import left_out
+    from autoprune.report.tables import summary
+
+    print(f"{path}: {summary(table)}")
+    for line in left_out(table):
+        print(f"  {line}")
+
+
 def _print_table(table: LatencyTable) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     from autoprune.cli.table import make_console
-    from autoprune.report.summary import percent, significant
+    from autoprune.lut.left_out import left_out
+    from autoprune.report.summary import significant
+    from autoprune.report.tables import summary
 
     console = make_console()
     shown = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("layer", "choice", "kernel"):
         shown.add_column(column, no_wrap=True)
-    for column in ("p10 µs", "p50 µs", "p90 µs", "× dense", "bytes"):
+    for column in ("p10 µs", "p50 µs", "p90 µs", "× dense", "model µs", "floor µs", "bytes"):
         shown.add_column(column, justify="right", no_wrap=True)
     for (signature, choice), row in sorted(table.rows.items(), key=_slowest_first):
         dense = table.rows.get((signature, "dense"))
         ratio = f"{row.p50 / dense.p50:.2f}" if dense is not None else "–"
         times = [significant(value) for value in (row.p10, row.p50, row.p90)]
-        cells = (signature, choice, row.kernel, *times, ratio, str(row.weight_bytes))
+        limits = ["–" if value is None else significant(value) for value in (row.model_us, row.floor_us)]
+        kernel = f"{row.kernel} {row.config}".strip()
+        cells = (signature, choice, kernel, *times, ratio, *limits, str(row.weight_bytes))
         shown.add_row(*map(escape, cells))
     console.print(shown)
     facts = table.context.model_dump()
     for name, value in {**dict(facts.pop("versions")), **facts}.items():
         console.print(f"{name:<12}{value}", markup=False)
-    fit = table.calibration
-    if fit is None:
-        console.print("not calibrated: end-to-end latency is the plain sum of rows")
-        return
-    line = f"end to end = {fit.slope:.3f} × sum of rows + {fit.intercept_us:.1f} µs"
-    error = f"{percent(fit.mape)} mean error, Kendall τ {significant(fit.kendall_tau)} over {len(fit.points)} networks"
-    console.print(f"{'calibration':<12}{line}; {error}", markup=False)
+    for line in left_out(table):
+        console.print(line, markup=False)
+    console.print(f"{'calibration':<12}{summary(table)}", markup=False)

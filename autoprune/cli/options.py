@@ -17,6 +17,10 @@ Model = Annotated[str, typer.Option(help="Network to prune, by name.")]
 Data = Annotated[str, typer.Option(help="Data set, by name.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the full data set.")]
 Space = Annotated[str, typer.Option(help="Search space: a preset's name or a YAML file.")]
+SpaceByDevice = Annotated[
+    str | None,
+    typer.Option("--space", help="Search space: a preset's name or a YAML file.", show_default="the device's own"),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Images per forward pass of the deployed network.")]
 Threads = Annotated[
     int, typer.Option(min=1, max=_MOST_THREADS, help="CPU threads of the deployed network.", metavar="INTEGER")

@@ -15,15 +15,23 @@ if TYPE_CHECKING:
 
 def search(
     budget: Annotated[
-        str, typer.Option(help="What the network may cost: latency=50%, latency=8ms, speedup=2x, macs=50%, size=1MB.")
+        str,
+        typer.Option(
+            help="What the network may cost: latency=50%, latency=8ms, speedup=2x, macs=50%, size=1MB, memory=2MB."
+        ),
     ],
     model: options.Model = "resnet20",
     data: options.Data = "fashion-mnist",
     data_dir: options.DataDir = None,
     agent: Annotated[str, typer.Option(help="Searcher; auto takes the one that suits the budget.")] = "auto",
-    space: options.Space = "cpu-default",
+    space: options.SpaceByDevice = None,
     table: Annotated[
-        Path | None, typer.Option(help="Latency table to use.", show_default="measured here, kept in the run")
+        str | None,
+        typer.Option(
+            help="Latency table to use: a file, or an embedded one's name such as h200. Measured elsewhere, it gives "
+            "predictions; nothing is deployed then.",
+            show_default="measured here, kept in the run",
+        ),
     ] = None,
     evaluations: Annotated[
         int | None, typer.Option(min=1, help="Policies to evaluate.", show_default="the searcher's own number")
@@ -45,6 +53,7 @@ def search(
     from autoprune.core.undo import undone_when_refused
     from autoprune.report.html import write_report
     from autoprune.search.config import SearchConfig
+    from autoprune.search.elsewhere import default_space
     from autoprune.search.pipeline import run_search
 
     parse_budget(budget)  # a wrong budget is refused before anything heavy starts
@@ -54,7 +63,7 @@ def search(
         data=data,
         data_dir=data_dir,
         agent=agent,
-        space=space,
+        space=space or default_space(table, device),
         table=table,
         evaluations=evaluations,
         batch=batch,

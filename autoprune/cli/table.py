@@ -39,9 +39,12 @@ def print_result(result: Result, paths: Mapping[str, Path]) -> None:
         missed = line.role == "chosen" and not result.met
         table.add_row(*map(escape, line.cells), style="bold red" if missed else _STYLES[line.role])
     console.print(table)
-    console.print("Dense executions, measured:")
+    where = f" on {result.predicted_for}" if result.predicted_for else ""
+    console.print(f"Dense executions, measured{where}:", markup=False)
     for name, time, remark in reference_lines(result):
         console.print(f"  {name:<24}{time:>10}  {remark}", markup=False)
+    for sentence in result.left_out:
+        console.print(sentence, markup=False, soft_wrap=True)
     console.print()
     console.print(verdict(result), markup=False, style="bold" if result.met else "bold red")
     for name, path in paths.items():

@@ -1,9 +1,10 @@
 """Budgets: what a user writes, and what it means.
 
-``latency=50%`` · ``latency=8ms`` · ``speedup=2x`` · ``macs=50%`` · ``params=25%`` · ``size=1MB``; several, joined by
-commas, must all hold. A percentage of latency is of the fastest dense execution measured on the machine; every other
-percentage is of the dense network. A value carries its unit:
-``params=25`` could mean weights or percent, so it is refused.
+``latency=50%`` · ``latency=8ms`` · ``speedup=2x`` · ``macs=50%`` · ``params=25%`` · ``size=1MB`` · ``memory=2MB``;
+several, joined by commas, must all hold. ``size`` is the packed weights; ``memory`` is the peak while the deployed
+network runs: the feature maps it keeps + all packed weights + the largest workspace of any one layer. A percentage of
+latency is of the fastest dense execution measured on the machine; every other percentage is of the dense network. A
+value carries its unit: ``params=25`` could mean weights or percent, so it is refused.
 """
 
 from __future__ import annotations
@@ -15,15 +16,22 @@ from typing import Literal
 from autoprune.core.errors import BudgetError
 from autoprune.core.registry import unknown_name
 
-BudgetKind = Literal["latency", "macs", "params", "size"]
+BudgetKind = Literal["latency", "macs", "params", "size", "memory"]
 
 _UNITS: dict[BudgetKind, dict[str, float]] = {
     "latency": {"us": 1.0, "ms": 1e3, "s": 1e6},
     "macs": {"K": 1e3, "M": 1e6, "G": 1e9},
     "params": {"K": 1e3, "M": 1e6, "G": 1e9},
     "size": {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9},
+    "memory": {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9},
 }
-_EXAMPLES = {"latency": "latency=50% or latency=8ms", "macs": "macs=50%", "params": "params=25%", "size": "size=1MB"}
+_EXAMPLES = {
+    "latency": "latency=50% or latency=8ms",
+    "macs": "macs=50%",
+    "params": "params=25%",
+    "size": "size=1MB",
+    "memory": "memory=50% or memory=2MB",
+}
 _NUMBER = re.compile(r"^([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(.*)$")
 
 

@@ -35,7 +35,8 @@ class LayerRow(BaseModel):
     """One layer of the deployed network.
 
     ``predicted_us`` is the table's row times the calibration's slope, ``measured_us`` the layer's time inside the
-    running network, ``floor_us`` its MACs at the machine's measured peak.
+    running network, ``floor_us`` its MACs at the machine's measured peak (of a GPU its roofline), ``model_us`` what the
+    tile model predicted before anything was measured.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,6 +51,7 @@ class LayerRow(BaseModel):
     measured_us: float | None
     floor_us: float
     why: str
+    model_us: float | None = None
 
 
 class TrialRow(BaseModel):
@@ -78,7 +80,7 @@ class Result(BaseModel):
     """A finished search.
 
     Attributes:
-        met: Whether the chosen policy meets the budget as measured on the device.
+        met: Whether the chosen policy meets the budget as measured on the device, or as predicted (``predicted_for``).
         rows: Dense first, then the chosen policy, then the baselines.
         layers: In execution order, of the chosen policy as deployed.
         references: Name of each dense execution → its measured latency in µs.
@@ -90,6 +92,9 @@ class Result(BaseModel):
         chosen_trial: Number of the trial that was chosen.
         run: Name of the run.
         reason: Why the budget was missed, or the search ended early; empty otherwise.
+        predicted_for: The machine whose table predicted the latencies, of which nothing was measured here; empty where
+            networks were deployed and timed.
+        left_out: Sentences on choices that the table leaves out, and why.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -114,6 +119,8 @@ class Result(BaseModel):
     chosen_trial: int | None = None
     run: str = ""
     reason: str = ""
+    predicted_for: str = ""
+    left_out: list[str] = Field(default_factory=list)
 
     def row(self, name: str) -> Row | None:
         """Return the closing table's row of that name, if there is one."""

@@ -1,78 +1,117 @@
-"""Measures a latency table: every layer shape with every choice, on the kernels that deployment runs.
+"""Builds a latency table: every layer shape with every choice, the shapes that take most of the network's time first.
 
-A row is one layer with bias and ReLU fused, dense too. All choices of a shape are timed in turn, round after round, so
-that drift of the machine hits them alike. Each row runs on several copies of the layer, so that inputs and weights
-are as warm as in a network, not warmer.
+How one shape is measured is the device's own affair (``cpu_rows``, ``gpu_rows``); here are the order, the time limit,
+and going on where an earlier build stopped.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from autoprune.core.choices import Choice, Dense
-from autoprune.core.errors import AutopruneError, MeasurementError
 from autoprune.core.layers import LayerSpec
-from autoprune.kernels.cpu.program import Buffer, Epilogue, Program
-from autoprune.kernels.cpu.shapes import LANES
-from autoprune.kernels.dense import torch_threads
-from autoprune.kernels.deployed import tile_of
-from autoprune.kernels.plan import kernel_for
-from autoprune.lut.measure import Effort, call_timer, sample_rounds
-from autoprune.lut.table import Context, LatencyTable, Row
-from autoprune.sparsity.masks import make_mask
+from autoprune.lut.context import Context
+from autoprune.lut.cpu_rows import Setting, images_at_once, measure_layer
+from autoprune.lut.row import Row, Unmeasured
+from autoprune.lut.table import Key, LatencyTable
 
-_ROUNDS = 25
-_SAMPLE_US = 100.0
-# Threads of the candidate before spin for 200 µs; a team that wakes meanwhile finds its core taken.
-_REST_S = 0.0005
+__all__ = ["Bench", "Pace", "build_table", "images_at_once"]
 
 Progress = Callable[[int, int], None]
 Checkpoint = Callable[[LatencyTable], None]
+Outcome = Mapping[Key, Row | Unmeasured]
+
+
+class Bench(Protocol):
+    """How a device measures the choices of one layer shape."""
+
+    def estimate_us(self, layer: LayerSpec) -> float:
+        """Return about what a call of the dense layer takes; only ratios count."""
+        ...
+
+    def prepare(self, wanted: Sequence[tuple[LayerSpec, Sequence[Choice]]]) -> None:
+        """Do what is better done for all shapes together, such as compiling."""
+        ...
+
+    def measure(self, layer: LayerSpec, choices: Sequence[Choice], dense: Row | None) -> Outcome:
+        """Return a row for each choice, or why it has none.
+
+        Args:
+            layer: The shape.
+            choices: To measure.
+            dense: The layer's dense row, if it is known and not among ``choices``.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A layer with one choice, ready to be timed."""
+class CpuBench:
+    """Interleaved measurements on this machine's processor."""
 
-    time_us: Callable[[], float]
-    weight_bytes: int
-    kernel: str
+    setting: Setting
+
+    def estimate_us(self, layer: LayerSpec) -> float:
+        return float(layer.macs / layer.calls)
+
+    def prepare(self, wanted: Sequence[tuple[LayerSpec, Sequence[Choice]]]) -> None:
+        pass
+
+    def measure(self, layer: LayerSpec, choices: Sequence[Choice], dense: Row | None) -> Outcome:
+        return measure_layer(layer, choices, self.setting)
 
 
-@dataclass(frozen=True, slots=True)
-class _Setting:
-    """Context of the rows, and how many images pass a layer together in the network."""
+@dataclass(slots=True)
+class Pace:
+    """How fast rows come, and what that means for those still to come.
 
-    context: Context
-    images: int
-
-
-def images_at_once(layers: Iterable[LayerSpec], batch: int, threads: int = 1) -> int:
-    """Return about how many images of a batch pass a layer together in the deployed network.
-
-    A network runs a batch in parts, so that its maps stay in cache; a layer never sees the whole batch, and its row
-    must not either. A residual network's plan holds about four float32 maps of every size, with a border of one.
+    Attributes:
+        limit_s: Seconds for everything; None for as long as it takes.
+        clock: Seconds that pass.
     """
-    sizes = {(layer.filters, *layer.output_hw) for layer in layers if layer.op == "conv"}
-    image_bytes = 4 * 4 * sum(channels * (height + 2) * (width + 2) for channels, height, width in sizes)
-    return tile_of(batch, image_bytes, threads)
+
+    limit_s: float | None = None
+    clock: Callable[[], float] = time.monotonic
+    _start: float = field(init=False)
+    _spent: float = field(init=False, default=0.0)
+    _rows: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self._start = self.clock()
+
+    def count(self, rows: int, seconds: float) -> None:
+        """Note that so many rows took so long."""
+        self._rows += rows
+        self._spent += seconds
+
+    @property
+    def row_s(self) -> float:
+        """Seconds a row has taken so far, on average; 0 before the first."""
+        return self._spent / self._rows if self._rows else 0.0
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left of the limit."""
+        return float("inf") if self.limit_s is None else self.limit_s - (self.clock() - self._start)
+
+    def fitting(self, rows: int) -> int:
+        """Return how many of so many rows are expected to fit into the time left."""
+        if self.left_s <= 0.0:
+            return 0
+        return rows if self.row_s <= 0.0 else min(rows, int(min(self.left_s / self.row_s, 1e9)))
 
 
 def build_table(
     space_layers: Mapping[LayerSpec, Sequence[Choice]],
     context: Context,
     *,
-    rows: Mapping[tuple[str, str], Row] | None = None,
+    rows: Mapping[Key, Row] | None = None,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    pace: Pace | None = None,
+    bench: Bench | None = None,
 ) -> LatencyTable:
     """Measure what is absent of a table.
 
@@ -83,126 +122,97 @@ def build_table(
         rows: Rows measured before in this context; not measured again.
         progress: Called with (rows done, rows in all).
         checkpoint: Called with the table so far whenever a shape is complete.
+        pace: With a limit, all dense rows are measured first, then the shapes by their share of the network's time,
+            each in an order in which any part spans its choices; what does not fit is noted as unmeasured.
+        bench: Measures; by default the processor.
     Raises:
         MeasurementError: A layer cannot be run on this machine.
     """
-    wanted = _unique(space_layers)
-    table = LatencyTable(context, dict(rows or {}))
-    total = sum(len(choices) for _, choices in wanted)
-    setting = _Setting(context, images_at_once(space_layers, context.batch, context.threads))
-    absent = [
-        (layer, [choice for choice in choices if (layer.signature, choice.text) not in table.rows])
-        for layer, choices in wanted
-    ]
-    done = total - sum(len(choices) for _, choices in absent)
-    for layer, choices in absent:
-        if not choices:
-            continue
-        table = table.with_rows(_measure_layer(layer, choices, setting))
-        done += len(choices)
-        if checkpoint is not None:
-            checkpoint(table)
-        if progress is not None:
-            progress(done, total)
-    return table
+    bench = bench or CpuBench(Setting(context, images_at_once(space_layers, context.batch, context.threads)))
+    work = _Work(by_share(space_layers, bench), LatencyTable(context, dict(rows or {})), bench, pace or Pace())
+    work.progress, work.checkpoint = progress, checkpoint
+    bench.prepare([(layer, choices) for layer, choices in work.absent() if choices])
+    if work.pace.limit_s is not None:
+        for layer, choices in work.absent():
+            if Dense() in choices:
+                work.measure(layer, [Dense()])
+    for layer, choices in work.absent():
+        if choices:
+            work.measure(layer, choices if work.pace.limit_s is None else spread(choices))
+    work.give_up()
+    return work.table
 
 
-def _unique(space_layers: Mapping[LayerSpec, Sequence[Choice]]) -> list[tuple[LayerSpec, list[Choice]]]:
+def by_share(
+    space_layers: Mapping[LayerSpec, Sequence[Choice]], bench: Bench
+) -> list[tuple[LayerSpec, list[Choice]]]:
+    """Return each shape once, with all choices of its layers, by falling share of the network's dense time."""
     by_signature: dict[str, tuple[LayerSpec, dict[str, Choice]]] = {}
+    share: dict[str, float] = {}
     for layer, choices in space_layers.items():
         known = by_signature.setdefault(layer.signature, (layer, {}))[1]
         for choice in (Dense(), *choices):
             known.setdefault(choice.text, choice)
-    return [(layer, list(choices.values())) for layer, choices in by_signature.values()]
+        share[layer.signature] = share.get(layer.signature, 0.0) + layer.calls * bench.estimate_us(layer)
+    ranked = sorted(by_signature.items(), key=lambda item: -share[item[0]])
+    return [(layer, list(choices.values())) for _, (layer, choices) in ranked]
 
 
-def _measure_layer(layer: LayerSpec, choices: Sequence[Choice], setting: _Setting) -> dict[tuple[str, str], Row]:
-    threads = setting.context.threads
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(layer.weight_shape, generator=generator) / math.sqrt(layer.weights / layer.filters)
-    with torch_threads(threads), torch.no_grad():
-        try:
-            candidates = {choice.text: _candidate(layer, choice, weight, setting) for choice in choices}
-        except (AutopruneError, ValueError, RuntimeError) as error:
-            raise MeasurementError(f"layer '{layer.name}' ({layer.signature}) cannot be measured: {error}") from error
-        for candidate in candidates.values():
-            candidate.time_us()
-        samples, _ = sample_rounds(
-            {text: candidate.time_us for text, candidate in candidates.items()},
-            Effort(_ROUNDS, threads=threads),
-        )
-    rows = {}
-    for text, candidate in candidates.items():
-        p10, p50, p90 = (float(value) for value in np.percentile(samples[text], [10, 50, 90]))
-        rows[layer.signature, text] = Row(
-            p10=p10, p50=p50, p90=p90, weight_bytes=candidate.weight_bytes, kernel=candidate.kernel
-        )
-    return rows
+def spread(choices: Sequence[Choice]) -> list[Choice]:
+    """Return the choices in an order whose every beginning spans them: the ends, the middle, the quarters …"""
+    count = len(choices)
+    order = dict.fromkeys([0, count - 1] if count > 1 else range(count))
+    step = 1.0
+    while len(order) < count:
+        step /= 2.0
+        places = [round(step * odd * (count - 1)) for odd in range(1, round(1.0 / step), 2)]
+        order.update(dict.fromkeys(places))
+    return [choices[index] for index in order]
 
 
-def _candidate(layer: LayerSpec, choice: Choice, weight: Tensor, setting: _Setting) -> _Candidate:
-    if layer.groups != 1:
-        return _torch_candidate(layer, weight, setting.context)
-    masked = weight * make_mask(weight, choice)
-    kernel, block = kernel_for(choice)
-    # Tokens of a linear layer are more rows of the same run.
-    images = setting.images * (layer.input_hw[0] * layer.input_hw[1] if layer.op == "linear" else 1)
-    spec = _as_conv(layer)
-    program = Program(images, setting.context.threads)
-    pairs = _maps(program, spec)
-    for x, out in pairs:
-        kcrs, bias = masked.reshape(spec.weight_shape), torch.linspace(0.0, 1.0, layer.filters)
-        program.conv(x, out, spec, kcrs, bias, kernel, Epilogue(relu=True), block)
-    program.finish()
-    once_us = float(np.median(program.time_us(5)))
-    runs = max(2, math.ceil(_SAMPLE_US / max(once_us, 0.1)))
-    scale = setting.context.batch / setting.images / len(pairs)
+class _Work:
+    """A build under way."""
 
-    def time_us() -> float:
-        if setting.context.threads > 1:
-            time.sleep(_REST_S)
-            program.time_us(runs)
-        return float(np.median(program.time_us(runs))) * scale
+    def __init__(
+        self, wanted: list[tuple[LayerSpec, list[Choice]]], table: LatencyTable, bench: Bench, pace: Pace
+    ) -> None:
+        self.wanted, self.table, self.bench, self.pace = wanted, table, bench, pace
+        self.progress: Progress | None = None
+        self.checkpoint: Checkpoint | None = None
+        self.total = sum(len(choices) for _, choices in wanted)
 
-    return _Candidate(
-        time_us=time_us,
-        weight_bytes=program.weight_bytes // len(pairs),
-        kernel=kernel,
-    )
+    def absent(self) -> list[tuple[LayerSpec, list[Choice]]]:
+        """Return the choices of each shape that are neither measured nor ruled out."""
+        return [
+            (layer, [choice for choice in choices if not self._settled((layer.signature, choice.text))])
+            for layer, choices in self.wanted
+        ]
 
+    def _settled(self, key: Key) -> bool:
+        return key in self.table.rows or key in self.table.unmeasured
 
-def _maps(program: Program, spec: LayerSpec) -> list[tuple[Buffer, Buffer]]:
-    """Return input and output of each copy of a layer, about as many maps as a residual network keeps going.
+    def measure(self, layer: LayerSpec, choices: Sequence[Choice]) -> None:
+        """Measure what fits into the time left; the dense row always."""
+        dense = self.table.rows.get((layer.signature, Dense().text))
+        if Dense() not in choices:
+            choices = choices[: self.pace.fitting(len(choices))]
+        if not choices:
+            return
+        start = self.pace.clock()
+        outcome = self.bench.measure(layer, choices, dense)
+        self.pace.count(len(choices), self.pace.clock() - start)
+        self.table = self.table.with_rows({key: row for key, row in outcome.items() if isinstance(row, Row)})
+        self.table = self.table.without({key: why for key, why in outcome.items() if isinstance(why, Unmeasured)})
+        if self.checkpoint is not None:
+            self.checkpoint(self.table)
+        if self.progress is not None:
+            self.progress(self.total - sum(len(rest) for _, rest in self.absent()), self.total)
 
-    Reading and writing the user's tensors is no part of a layer. Only an image, of few channels, is named the
-    program's input, because it is laid out as such.
-    """
-    halo = max(spec.padding)
-    inner, outer = (spec.channels, *spec.input_hw), (spec.filters, *spec.output_hw)
-    if spec.channels < LANES:
-        image = program.buffer(*inner, halo=halo)
-        program.set_input(image)
-        return [(image, program.buffer(*outer))]
-    if inner == outer:  # as in a network: each copy reads what the one before has just written
-        ring = [program.buffer(*inner, halo=halo) for _ in range(3)]
-        return [(ring[0], ring[1]), (ring[1], ring[2]), (ring[2], ring[0])]
-    out = program.buffer(*outer)
-    return [(program.buffer(*inner, halo=halo), out) for _ in range(2)]
-
-
-def _as_conv(layer: LayerSpec) -> LayerSpec:
-    if layer.op == "conv":
-        return layer
-    shape = (*layer.weight_shape, 1, 1)
-    return replace(layer, op="conv", weight_shape=shape, input_hw=(1, 1), output_hw=(1, 1))
-
-
-def _torch_candidate(layer: LayerSpec, weight: Tensor, context: Context) -> _Candidate:
-    """A grouped convolution, which deployment leaves to PyTorch."""
-    x = torch.randn(context.batch, layer.channels, *layer.input_hw).contiguous(memory_format=torch.channels_last)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-
-    def run() -> object:
-        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-
-    return _Candidate(call_timer(run), 4 * layer.weights, "torch")
+    def give_up(self) -> None:
+        """Note what the time did not suffice for."""
+        late = {(layer.signature, choice.text): Unmeasured(reason="limit") for layer, rest in self.absent()
+                for choice in rest}
+        if late:
+            self.table = self.table.without(late)
+            if self.checkpoint is not None:
+                self.checkpoint(self.table)

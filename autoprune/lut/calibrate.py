@@ -6,7 +6,7 @@ holds: pooling, copying the input, the call itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy.stats import kendalltau
@@ -17,6 +17,8 @@ from autoprune.core.layers import LayerSpec
 from autoprune.lut.deploy import Deploy
 from autoprune.lut.measure import interleaved_us
 from autoprune.lut.table import Calibration, LatencyTable, Point
+
+Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, float]]
 
 # Bytes of packed weights held at once: networks of one group are timed in turn, so that drift hits all alike.
 _GROUP_BYTES = 1 << 30
@@ -31,6 +33,7 @@ def calibrate(
     count: int = 30,
     *,
     sample_seconds: float = 0.15,
+    timer: Timer | None = None,
 ) -> LatencyTable:
     """Time random policies end to end and return the table with its calibration.
 
@@ -42,6 +45,7 @@ def calibrate(
         seed: Of the policies drawn.
         count: Networks to time, the dense one among them; at least 4.
         sample_seconds: Time spent on each network.
+        timer: From calls by name to their median µs; by default interleaved on the host for ``sample_seconds`` each.
     Raises:
         MeasurementError: Fewer than 4 networks, or no spread in what they take.
     """
@@ -53,11 +57,15 @@ def calibrate(
     for start in range(0, len(policies), size):
         group = policies[start : start + size]
         runs = {str(index): deploy(choices) for index, choices in enumerate(group)}
-        samples = interleaved_us(runs, sample_seconds * len(group), table.context.threads)
+        medians = timer(runs) if timer else _host_us(runs, sample_seconds, table.context.threads)
         for index, choices in enumerate(group):
-            measured = float(np.median(samples[str(index)]))
-            points.append(Point(rows_us=table.rows_us(layers, choices), measured_us=measured))
+            points.append(Point(rows_us=table.rows_us(layers, choices), measured_us=medians[str(index)]))
     return table.with_calibration(fit(points))
+
+
+def _host_us(runs: Mapping[str, Callable[[], object]], sample_seconds: float, threads: int) -> dict[str, float]:
+    samples = interleaved_us(runs, sample_seconds * len(runs), threads)
+    return {name: float(np.median(values)) for name, values in samples.items()}
 
 
 def random_policies(
@@ -74,7 +82,7 @@ def random_policies(
     for name, choices in space.items():
         layer = by_name[name]
         dense_us = table.layer_us(layer, Dense())
-        faster = [choice for choice in choices if table.layer_us(layer, choice) < dense_us]
+        faster = [choice for choice in table.measured(layer, choices) if table.layer_us(layer, choice) < dense_us]
         ranked[name] = [Dense(), *sorted(faster, key=lambda c: -table.layer_us(layer, c))]
     policies: list[dict[str, Choice]] = [{}]
     for index in range(1, count):

@@ -6,7 +6,7 @@ from autoprune.core.errors import DeviceError
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that this machine does not have or that has no sparse kernels.
+    """Refuse a device that this machine does not have, or that networks are not deployed on.
 
     Raises:
         DeviceError: Saying which.
@@ -18,4 +18,5 @@ def check_device(device: str) -> None:
 
         if not torch.cuda.is_available():
             raise DeviceError("--device cuda: PyTorch finds no NVIDIA GPU on this machine; use --device cpu.")
-    raise DeviceError(f"--device {device!r}: sparse kernels exist for 'cpu'.")
+        return
+    raise DeviceError(f"--device {device!r}: sparse kernels exist for 'cpu' and 'cuda'.")

@@ -9,99 +9,20 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from autoprune.core.choices import Choice, Dense, parse_choice
 from autoprune.core.errors import AutopruneError, MissingLatency, TableMismatch
 from autoprune.core.layers import LayerSpec
 from autoprune.core.rundir import write_text
-from autoprune.lut.measure import isa_level, machine
+from autoprune.lut.context import Context, current_context
+from autoprune.lut.row import AbsentEntry, Calibration, Entry, Point, Row, TableFile, Unmeasured, Whole
 
-_VERSIONED = ("python", "torch", "numba")
+__all__ = ["Calibration", "Context", "LatencyTable", "Point", "Row", "Unmeasured", "Whole", "current_context"]
 
-
-class Context(BaseModel):
-    """Everything a row's time depends on besides layer and choice."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    device: str
-    cpu: str
-    isa: str
-    threads: int
-    batch: int
-    dtype: str = "float32"
-    layout: str = "channels_last"
-    direction: str = "forward"
-    cache: Literal["warm", "cold"] = "warm"
-    versions: tuple[tuple[str, str], ...] = ()
-
-
-def current_context(batch: int = 1, threads: int = 1) -> Context:
-    """Return the context of measurements made here and now."""
-    facts = machine()
-    versions = tuple((name, str(facts[name])) for name in _VERSIONED)
-    return Context(
-        device="cpu", cpu=str(facts["cpu"]), isa=isa_level(), threads=threads, batch=batch, versions=versions
-    )
-
-
-class Row(BaseModel):
-    """One measured (layer shape, choice): microseconds of a call, bytes of packed weights, and the kernel used."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    p10: float
-    p50: float
-    p90: float
-    weight_bytes: int
-    kernel: str
-
-
-class Point(BaseModel):
-    """One whole network: sum of its rows, measured end to end, and its weight in the fit."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rows_us: float
-    measured_us: float
-    weight: float = 1.0
-
-
-class Calibration(BaseModel):
-    """End to end = ``slope`` · sum of rows + ``intercept_us``; errors are of left-out networks.
-
-    Attributes:
-        mape: Mean absolute relative error, leave one out, 0..1.
-        kendall_tau: Rank correlation of left-out predictions with measurements.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    slope: float
-    intercept_us: float
-    mape: float
-    kendall_tau: float
-    points: tuple[Point, ...]
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    signature: str
-    choice: str
-    row: Row
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    schema_version: Literal[1] = 1
-    context: Context
-    calibration: Calibration | None = None
-    rows: list[_Entry]
+Key = tuple[str, str]
+"""Layer signature and choice text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +33,15 @@ class LatencyTable:
         context: Where and how every row was measured.
         rows: Measured rows.
         calibration: Absent until whole networks were timed.
+        unmeasured: What has no row on purpose, and why; a search does without it.
+        whole: What is known of the network the table was built for.
     """
 
     context: Context
-    rows: Mapping[tuple[str, str], Row] = field(default_factory=dict)
+    rows: Mapping[Key, Row] = field(default_factory=dict)
     calibration: Calibration | None = None
+    unmeasured: Mapping[Key, Unmeasured] = field(default_factory=dict)
+    whole: Whole | None = None
 
     def row(self, layer: LayerSpec, choice: Choice) -> Row:
         """Return the row of a layer and choice.
@@ -163,19 +88,28 @@ class LatencyTable:
         return total if self.calibration is None else self.calibration.slope * total + self.calibration.intercept_us
 
     def require(self, wanted: Mapping[LayerSpec, Sequence[Choice]]) -> None:
-        """Refuse a table that lacks any of the wanted rows.
+        """Refuse a table that lacks any of the wanted rows; what was left unmeasured on purpose is not missed.
 
         Raises:
             MissingLatency: Saying how many are absent and naming the first.
         """
         pairs = [(layer, choice) for layer, choices in wanted.items() for choice in choices]
-        absent = [(layer, choice) for layer, choice in pairs if (layer.signature, choice.text) not in self.rows]
+        absent = [
+            (layer, choice)
+            for layer, choice in pairs
+            if (key := (layer.signature, choice.text)) not in self.rows
+            and (key not in self.unmeasured or isinstance(choice, Dense))
+        ]
         if absent:
             layer, choice = absent[0]
             raise MissingLatency(
                 f"{len(absent)} of {len(pairs)} rows absent (first: {layer.name}, {choice.text}). "
                 "Run: autoprune lut build --resume --out FILE"
             )
+
+    def measured(self, layer: LayerSpec, choices: Iterable[Choice]) -> tuple[Choice, ...]:
+        """Return the choices that have a row, in their order."""
+        return tuple(choice for choice in choices if (layer.signature, choice.text) in self.rows)
 
     def check(self, context: Context) -> None:
         """Refuse a table that was measured in another context.
@@ -199,18 +133,36 @@ class LatencyTable:
         """Return the same rows with another calibration."""
         return replace(self, calibration=calibration)
 
-    def with_rows(self, rows: Mapping[tuple[str, str], Row]) -> LatencyTable:
+    def with_rows(self, rows: Mapping[Key, Row]) -> LatencyTable:
         """Return the table with rows added or replaced; a calibration no longer holds and is dropped."""
-        return LatencyTable(self.context, {**self.rows, **rows})
+        absent = {key: why for key, why in self.unmeasured.items() if key not in rows}
+        return replace(self, rows={**self.rows, **rows}, calibration=None, unmeasured=absent)
+
+    def without(self, unmeasured: Mapping[Key, Unmeasured]) -> LatencyTable:
+        """Return the table with more pairs noted as left unmeasured; what has a row keeps it."""
+        new = {key: why for key, why in unmeasured.items() if key not in self.rows}
+        return replace(self, unmeasured={**self.unmeasured, **new})
+
+    def only(self, layers: Iterable[LayerSpec]) -> LatencyTable:
+        """Return what the table holds of some layers' shapes; nothing else of it changes."""
+        wanted = {layer.signature for layer in layers}
+        rows = {key: row for key, row in self.rows.items() if key[0] in wanted}
+        return replace(self, rows=rows, unmeasured={k: why for k, why in self.unmeasured.items() if k[0] in wanted})
 
     @property
     def hash(self) -> str:
         """Hash of the whole content, 16 hexadecimal digits; the order of rows does not matter."""
         return hashlib.sha256(self._file().model_dump_json().encode()).hexdigest()[:16]
 
-    def _file(self) -> _File:
-        entries = [_Entry(signature=key[0], choice=key[1], row=row) for key, row in sorted(self.rows.items())]
-        return _File(context=self.context, calibration=self.calibration, rows=entries)
+    def _file(self) -> TableFile:
+        entries = [Entry(signature=key[0], choice=key[1], row=row) for key, row in sorted(self.rows.items())]
+        absent = [
+            AbsentEntry(signature=key[0], choice=key[1], why=why)
+            for key, why in sorted(self.unmeasured.items(), key=lambda item: item[0])
+        ]
+        return TableFile(
+            context=self.context, calibration=self.calibration, whole=self.whole, unmeasured=absent, rows=entries
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON, atomically."""
@@ -227,8 +179,9 @@ class LatencyTable:
             TableMismatch: Absent, damaged, or measured in another context.
         """
         try:
-            file = _File.model_validate_json(Path(path).read_bytes())
+            file = TableFile.model_validate_json(Path(path).read_bytes())
             rows = {(entry.signature, parse_choice(entry.choice).text): entry.row for entry in file.rows}
+            absent = {(entry.signature, parse_choice(entry.choice).text): entry.why for entry in file.unmeasured}
         except OSError as error:
             raise TableMismatch(
                 f"latency table {path}: cannot be read ({error.strerror}). Run: autoprune lut build"
@@ -241,7 +194,7 @@ class LatencyTable:
             ) from None
         except AutopruneError as error:
             raise TableMismatch(f"latency table {path}: {error} Run: autoprune lut build") from None
-        table = LatencyTable(file.context, rows, file.calibration)
+        table = LatencyTable(file.context, rows, file.calibration, absent, file.whole)
         if context is not None:
             table.check(context)
         return table

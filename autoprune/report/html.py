@@ -51,6 +51,7 @@ def render(result: Result, policy: PolicyFile | None = None) -> str:
         references=reference_lines(result),
         explanations=explain(result),
         plots=plots,
+        has_model=any(layer.model_us is not None for layer in result.layers),
         plotly_js=Markup(get_plotlyjs()),
         total_seconds=sum(result.seconds.values()),
     )

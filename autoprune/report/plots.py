@@ -123,10 +123,13 @@ def _add_times(figure: go.Figure, layers: Sequence[LayerRow]) -> None:
         )
     diamond = {"symbol": "diamond", "size": 9, "color": "#ffffff", "line": {"width": 2, "color": RED}}
     tick = {"symbol": "line-ns-open", "size": 14, "color": GREEN, "line": {"width": 2.5}}
-    marks = [
+    marks: list[tuple[str, list[float | None], dict[str, object]]] = [
         ("predicted", [layer.predicted_us for layer in layers], diamond),
         ("floor", [layer.floor_us for layer in layers], tick),
     ]
+    if any(layer.model_us is not None for layer in layers):
+        triangle = {"symbol": "triangle-up-open", "size": 9, "color": PINK, "line": {"width": 2}}
+        marks.append(("tile model", [layer.model_us for layer in layers], triangle))
     for name, values, marker in marks:
         figure.add_scatter(
             x=values,

@@ -76,6 +76,8 @@ def verdict(result: Result) -> str:
     parts = [_latency_clause(result, chosen), _accuracy_clause(chosen)]
     found = ", ".join(part for part in parts if part)
     state = "The budget is met" if result.met else "The budget is missed"
+    if result.predicted_for:
+        state += f" as predicted for {result.predicted_for}, where no network was deployed to verify it"
     return f"{state}: asked was {asked}; the chosen policy {found}." + _reason(result)
 
 
@@ -86,6 +88,10 @@ def _reason(result: Result) -> str:
 
 def _latency_clause(result: Result, chosen: Row) -> str:
     cost = chosen.measured
+    if cost is None and result.predicted_for and chosen.predicted.latency_us is not None:
+        text = f"is predicted to run in {time_text(chosen.predicted.latency_us)}"
+        ratio = percent(chosen.predicted.latency_ratio)
+        return f"{text}, {ratio} of the fastest dense execution measured there"
     if cost is None or cost.latency_us is None:
         return f"keeps {percent(chosen.predicted.macs_ratio)} of the MACs (its latency was not measured)"
     text = f"runs in {time_text(cost.latency_us)} as measured"
@@ -133,9 +139,15 @@ def _line(row: Row, result: Result) -> Line:
         percent(pruned, 2),
         percent(row.accuracy.tuned, 2),
         percent(test, 2) if role != "baseline" else NONE,
-        NONE if row.feasible is None else "met" if row.feasible else "missed",
+        _met(row, result),
     )
     return Line(cells, role)
+
+
+def _met(row: Row, result: Result) -> str:
+    if row.feasible is None:
+        return NONE
+    return ("met" if row.feasible else "missed") + (" (pred.)" if result.predicted_for else "")
 
 
 def reference_lines(result: Result) -> list[tuple[str, str, str]]:

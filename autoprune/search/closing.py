@@ -11,10 +11,12 @@ from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy, PolicyFile, model_fingerprint
 from autoprune.core.result import FidelityPoint, LayerRow, Result, Row, TrialRow
 from autoprune.kernels.convert import DeployedModel
+from autoprune.lut.left_out import left_out
 from autoprune.lut.measure import peak_gflops
 from autoprune.lut.table import LatencyTable
 from autoprune.search.context import Context
 from autoprune.search.deploy import layer_times_us
+from autoprune.search.elsewhere import Undeployed
 from autoprune.search.finals import Candidate, Finals, meets
 from autoprune.search.study import Study
 
@@ -42,12 +44,15 @@ def layer_rows(
     decisions = {layer: (kernel, why) for layer, _, kernel, why in network.explain()}
     measured = layer_times_us(network)
     slope = table.calibration.slope if table.calibration else 1.0
-    macs_a_us = peak_gflops(threads) * 1e3 / 2.0
+    here = not isinstance(network, Undeployed)
+    macs_a_us = peak_gflops(threads) * 1e3 / 2.0 if here else 0.0
     rows = []
     for layer in layers:
         choice = chosen.choices.get(layer.name, Dense())
         kernel, why = decisions.get(layer.name, ("torch", "not part of the plan"))
         deployed: Choice = Dense() if kernel in ("dense", "torch") else choice
+        row = table.row(layer, deployed)
+        floor_us = layer.macs * table.context.batch * deployed.density(layer) / macs_a_us if here else 0.0
         rows.append(
             LayerRow(
                 name=layer.name,
@@ -58,7 +63,8 @@ def layer_rows(
                 dense_us=slope * layer.calls * table.layer_us(layer, Dense()),
                 predicted_us=slope * layer.calls * table.layer_us(layer, deployed),
                 measured_us=measured.get(layer.name),
-                floor_us=layer.macs * table.context.batch * deployed.density(layer) / macs_a_us,
+                floor_us=layer.calls * row.floor_us if row.floor_us is not None else floor_us,
+                model_us=None if row.model_us is None else layer.calls * row.model_us,
                 why=why,
             )
         )
@@ -106,8 +112,9 @@ def make_result(
     fit = table.calibration
     assert fit is not None
     chosen = rows[1]
-    feasible: list[bool | None] = [None, *(meets(context.budget, row.measured) for row in rows[1:] if row.measured)]
+    feasible: list[bool | None] = [None, *(meets(context.budget, row.cost) for row in rows[1:])]
     met = bool(feasible[1])
+    how = "measured" if deployer.measures else "predicted"
     trial = next(t for t in study.trials if study.problem.named(t.assignment) == dict(chosen.choices))
     facts = {key: value for key, value in table.context.model_dump().items() if isinstance(value, str | int | float)}
     return Result(
@@ -130,7 +137,9 @@ def make_result(
         latency_limit_us=latency_limit_us(context.budget, references.best_us),
         chosen_trial=trial.number,
         run=config.name,
-        reason="" if met else "no finalist kept the budget as measured; the nearest one is shown",
+        reason="" if met else f"no finalist kept the budget as {how}; the nearest one is shown",
+        predicted_for="" if deployer.measures else table.context.place,
+        left_out=left_out(table),
     )
 
 

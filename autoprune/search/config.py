@@ -23,11 +23,11 @@ class SearchConfig:
         model, data: Names; ``data_dir`` the folder of the full data set, None for the data inside the package.
         agent: Searcher.
         space: Preset or YAML file.
-        table: Latency table to use; None measures one.
+        table: Latency table to use, a file or the name of an embedded one; None measures one.
         evaluations: Policies to evaluate; None for ``DEFAULT_EVALUATIONS``.
         batch, threads: Of the deployed network.
         seed: Of every random draw.
-        device: ``cpu``.
+        device: ``cpu`` or ``cuda``.
         run: Name of the run's folder; None derives it.
         runs_dir: Folder of all runs.
         fresh: Set an existing run aside.
@@ -39,7 +39,7 @@ class SearchConfig:
     data_dir: Path | None = None
     agent: str = "auto"
     space: str = "cpu-default"
-    table: Path | None = None
+    table: str | Path | None = None
     evaluations: int | None = None
     batch: int = 1
     threads: int = 1

@@ -66,7 +66,7 @@ def reopen_references(model: nn.Module, example: Tensor, threads: int, stored: M
     return References(medians, absent, best, runs[best])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Deployer:
     """Turns a policy and its weights into a network that runs, and times it.
 
@@ -81,6 +81,11 @@ class Deployer:
     table: LatencyTable
     references: References
     threads: int
+
+    @property
+    def measures(self) -> bool:
+        """Whether networks can be timed."""
+        return True
 
     def deploy(self, model: nn.Module, choices: Mapping[str, Choice]) -> DeployedModel:
         """Return the deployed form of a model already pruned by ``choices``."""

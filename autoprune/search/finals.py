@@ -55,6 +55,11 @@ class Candidate:
     accuracy: Accuracy = field(default_factory=Accuracy)
 
     @property
+    def cost(self) -> Cost:
+        """Its measured cost, or the predicted one of a network that was not deployed."""
+        return self.measured or self.predicted
+
+    @property
     def finalist(self) -> bool:
         """Whether the agent that was asked for proposed it, rather than a baseline."""
         return self.name.startswith("finalist")
@@ -83,7 +88,10 @@ def true_ratios(layers: tuple[LayerSpec, ...], model: nn.Module) -> tuple[float,
 
 
 def meets(budget: Budget, measured: Cost) -> bool:
-    """Return whether a measured cost keeps the budget, latency within ``TOLERANCE``; size is exact by construction."""
+    """Return whether a cost keeps the budget, latency within ``TOLERANCE``; size and memory are exact by construction.
+
+    Of a network that cannot be deployed here it is the predicted cost.
+    """
     for limit in budget.limits:
         if limit.kind == "latency":
             value = measured.latency_ratio if limit.relative else measured.latency_us
@@ -124,7 +132,10 @@ class Finals:
         return finetune_steps(len(self.task.data.train), self.recipe)
 
     def time(self, candidates: list[Candidate], models: Mapping[str, nn.Module]) -> list[Candidate]:
-        """Return the candidates with their measured cost, all timed in one interleaved run."""
+        """Return the candidates with their measured cost, all timed in one interleaved run; as they are elsewhere."""
+        if not self.deployer.measures:
+            self._progress.advance(len(candidates))
+            return candidates
         networks: dict[str, DeployedModel] = {}
         for candidate in candidates:
             networks[candidate.name] = self.deployer.deploy(models[candidate.name], candidate.choices)

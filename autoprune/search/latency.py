@@ -21,9 +21,15 @@ from autoprune.core.rundir import Cache, RunDir, write_text
 from autoprune.lut.build import build_table
 from autoprune.lut.calibrate import calibrate
 from autoprune.lut.deploy import deployer
+from autoprune.lut.embedded import find_table
+from autoprune.lut.gpu_rows import cuda_bench
+from autoprune.lut.gpu_timer import CudaBackend
 from autoprune.lut.table import Context, LatencyTable, current_context
 from autoprune.search.config import SearchConfig
 from autoprune.search.deploy import Deployer, References, measure_references, reopen_references
+from autoprune.search.elsewhere import is_elsewhere, predictor
+from autoprune.search.on_gpu import device_deployer
+from autoprune.search.tables import Network, Request, finish_table
 from autoprune.search_spaces.space import SearchSpace
 from autoprune.tasks.task import Task
 
@@ -45,16 +51,21 @@ def open_latency(subject: Subject, config: SearchConfig, progress: Progress) -> 
     """Return the means to predict and measure latency: kept from an earlier session, given, or measured now.
 
     Raises:
-        TableMismatch: A given table is of another context.
+        TableMismatch: A given table is of another batch size, or measured elsewhere and not calibrated.
         MissingLatency: A given table lacks rows of this space.
     """
-    context = current_context(config.batch, config.threads)
+    context = current_context(config.batch, config.threads, config.device)
     example = _example(subject.task, config.batch)
     options = {layer: subject.space.choices[layer.name] for layer in subject.layers}
-    given = LatencyTable.load(config.table, context) if config.table else None
+    given = _given(subject, config)
     if given is not None:
+        elsewhere = is_elsewhere(given, context)
         given.require(options)
+        if elsewhere:
+            return _predicted(given, subject, example, progress)
     key = _key(context, subject)
+    if config.device == "cuda":
+        return _on_gpu(given, subject, config, context, progress)
     progress.stage("dense references", None)
     references = _references(subject, config, example, key, progress)
     own = LatencyTable.load(subject.run.table, context) if subject.run.table.exists() else None
@@ -67,6 +78,45 @@ def open_latency(subject: Subject, config: SearchConfig, progress: Progress) -> 
     if table is not own:
         table.save(subject.run.table)
     return Deployer(example, table, references, config.threads)
+
+
+def _on_gpu(
+    given: LatencyTable | None, subject: Subject, config: SearchConfig, context: Context, progress: Progress
+) -> Deployer:
+    """Return the deployer of the present GPU: its table given, kept or measured now."""
+    example = _example(subject.task, config.batch)
+    kept = subject.cache.table(_key(context, subject))
+    own = LatencyTable.load(subject.run.table, context) if subject.run.table.exists() else None
+    options = {layer: subject.space.choices[layer.name] for layer in subject.layers}
+    table = own or given or _build(kept, context, options, config.fresh, progress)
+    table.require(options)
+    if table.calibration is None:
+        progress.stage("calibration", None)
+        network = Network(subject.task.model_name, subject.task.model, example, subject.layers)
+        searched = {layer.name: subject.space.choices[layer.name] for layer in subject.space.searched}
+        request = Request(seed=config.seed, device=config.device, networks=CALIBRATION_NETWORKS)
+        table = finish_table(table, network, searched, request)
+        if own is None and given is None:
+            table.save(kept)
+    if table is not own:
+        table.save(subject.run.table)
+    progress.stage("dense references", None)
+    return device_deployer(subject.task.model, example, table, subject.layers, CudaBackend())
+
+
+def _given(subject: Subject, config: SearchConfig) -> LatencyTable | None:
+    if config.table is None:
+        return None
+    return LatencyTable.load(find_table(str(config.table), subject.layers, config.batch))
+
+
+def _predicted(table: LatencyTable, subject: Subject, example: Tensor, progress: Progress) -> Deployer:
+    progress.note(
+        f"the latency table was measured on {table.context.place}: latencies are predicted, and no network is "
+        "deployed to verify them"
+    )
+    table.save(subject.run.table)
+    return predictor(example, table, subject.layers)
 
 
 def _example(task: Task, batch: int) -> Tensor:
@@ -97,7 +147,7 @@ def _build(
 ) -> LatencyTable:
     table = LatencyTable.load(kept, context) if kept.exists() and not fresh else LatencyTable(context)
     pairs = {(layer.signature, choice.text) for layer, choices in options.items() for choice in choices}
-    if pairs <= set(table.rows):
+    if pairs <= {*table.rows, *table.unmeasured}:
         return table
     progress.stage("latency table", len(pairs))
     counted = 0
@@ -107,8 +157,9 @@ def _build(
         progress.advance(done - counted)
         counted = done
 
+    bench = cuda_bench(context) if context.device == "cuda" else None
     return build_table(
-        options, context, rows=table.rows, progress=told, checkpoint=lambda part: part.save(kept)
+        options, context, rows=table.rows, progress=told, checkpoint=lambda part: part.save(kept), bench=bench
     )
 
 

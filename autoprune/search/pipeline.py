@@ -24,7 +24,8 @@ from autoprune.search.deploy import Deployer
 from autoprune.search.finals import Candidate, Finals, meets, predicted_cost, save_weights
 from autoprune.search.knapsack import solve_problem
 from autoprune.search.latency import Subject, open_latency
-from autoprune.search.setup import Scored, make_problem, score_choices, worthwhile
+from autoprune.search.memory import Memory, best_bounded, kept_map_bytes, workspace_bounds
+from autoprune.search.setup import Scored, make_problem, measured_space, score_choices, worthwhile
 from autoprune.search.study import Study
 from autoprune.search_spaces.space import load_space
 from autoprune.search_spaces.trace import trace
@@ -92,7 +93,8 @@ def _stages(context: Context) -> Result:
         subject = Subject(context.task, context.layers, context.space, context.run, context.cache)
         deployer = open_latency(subject, config, context.progress)
     with clock.stage("layer database"):
-        scored = score_choices(context.task, context.space, context.cache, context.progress)
+        space = measured_space(context.space, deployer.table)
+        scored = score_choices(context.task, space, context.cache, context.progress)
         scored = worthwhile(scored, deployer.table)
     finals, candidates, study = _choose(context, deployer, scored)
     with clock.stage("fine-tune"):
@@ -130,7 +132,9 @@ def _choose(context: Context, deployer: Deployer, scored: Scored) -> tuple[Final
         with context.clock.stage("verification"):
             context.progress.stage("verification", len(candidates))
             candidates = finals.time(candidates, {c.name: finals.pruned(c) for c in candidates})
-        ratio = min(latency_over_budget(context.budget, c.measured) for c in candidates if c.finalist and c.measured)
+        if not deployer.measures:
+            return finals, candidates, study
+        ratio = min(latency_over_budget(context.budget, c.cost) for c in candidates if c.finalist)
         if not off_target(margin, ratio) or attempt == ATTEMPTS - 1:
             return finals, candidates, study
         study.close()
@@ -141,12 +145,22 @@ def _choose(context: Context, deployer: Deployer, scored: Scored) -> tuple[Final
 
 
 def _problem(context: Context, scored: Scored, deployer: Deployer, margin: float) -> Problem:
-    dense_us = deployer.references.best_us
-    return make_problem(context.layers, scored, deployer.table, context.budget, dense_us, margin)
+    table, dense_us = deployer.table, deployer.references.best_us
+
+    def pose(memory: Memory | None = None) -> Problem:
+        return make_problem(context.layers, scored, table, context.budget, dense_us, margin, memory)
+
+    if context.budget.limit("memory") is None:
+        return pose()
+    maps = kept_map_bytes(table, context.task.model, deployer.example)
+    bounds = workspace_bounds(context.layers, scored.options, table)
+    return best_bounded(bounds, lambda bound: pose(Memory(maps, bound)))
 
 
 def _margin(context: Context, scored: Scored, finals: Finals, aim: AimFiles) -> float:
-    """Return where to aim, found by deploying the exact solver's policy."""
+    """Return where to aim, found by deploying the exact solver's policy; at the budget where nothing is deployed."""
+    if not finals.deployer.measures:
+        return 1.0
 
     def probe(margin: float) -> float:
         problem = _problem(context, scored, finals.deployer, margin)
@@ -210,7 +224,8 @@ def _verify(
     """
     context.progress.stage("verification", len(rows))
     rows = finals.time(rows, models)
-    if not _met(context, rows):  # they met it before they were fine-tuned: a miss now is confirmed first
+    # They met it before they were fine-tuned: a miss now is confirmed first.
+    if finals.deployer.measures and not _met(context, rows):
         context.progress.stage("verification again", len(rows))
         rows = finals.time(rows, models)
     own = [row for row in rows if row.finalist]
@@ -228,5 +243,5 @@ def _verify(
 
 
 def _met(context: Context, rows: list[Candidate]) -> list[Candidate]:
-    """Return the finalists that keep the budget as measured."""
-    return [row for row in rows if row.finalist and row.measured and meets(context.budget, row.measured)]
+    """Return the finalists that keep the budget, as measured where anything is."""
+    return [row for row in rows if row.finalist and meets(context.budget, row.cost)]

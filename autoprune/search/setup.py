@@ -20,6 +20,7 @@ from autoprune.envs.evaluator import Evaluator
 from autoprune.envs.network import StitchedNetwork
 from autoprune.envs.problem import Constraint, Problem, Quality
 from autoprune.lut.table import LatencyTable
+from autoprune.search.memory import Memory, memory_constraint
 from autoprune.search_spaces.space import SearchSpace
 from autoprune.tasks.task import Task
 
@@ -27,6 +28,7 @@ CALIBRATION_IMAGES = 500
 MOMENT_IMAGES = 1_000
 EVALUATION_IMAGES = 1_000
 SINGLE_LAYER_IMAGES = 250
+_WORDS = {"latency": "us", "macs": " MACs", "params": " weights", "size": " bytes", "memory": " bytes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +74,24 @@ def score_choices(task: Task, space: SearchSpace, cache: Cache, progress: Progre
     return Scored(options, database, evaluator, errors)
 
 
+def measured_space(space: SearchSpace, table: LatencyTable) -> SearchSpace:
+    """Return the space without the choices that a table left unmeasured on purpose."""
+    if not table.unmeasured:
+        return space
+    choices = {layer.name: table.measured(layer, space.choices[layer.name]) for layer in space.layers}
+    return replace(space, choices=choices)
+
+
 def worthwhile(scored: Scored, table: LatencyTable) -> Scored:
-    """Return the choices without those whose kernel is not faster than dense on this machine."""
+    """Return the choices without those whose kernel is not faster than dense on this machine, or was not measured."""
     options, errors = {}, []
     for (layer, choices), row in zip(scored.options.items(), scored.errors, strict=True):
         dense_us = table.layer_us(layer, Dense())
+        measured = set(table.measured(layer, choices))
         kept = [
             index
             for index, choice in enumerate(choices)
-            if isinstance(choice, Dense) or table.layer_us(layer, choice) < dense_us
+            if isinstance(choice, Dense) or (choice in measured and table.layer_us(layer, choice) < dense_us)
         ]
         options[layer] = tuple(choices[index] for index in kept)
         errors.append(row[kept])
@@ -94,6 +105,7 @@ def make_problem(
     budget: Budget,
     dense_us: float,
     margin: float = 1.0,
+    memory: Memory | None = None,
 ) -> Problem:
     """Return the search problem of a budget.
 
@@ -104,6 +116,7 @@ def make_problem(
         budget: What is asked for.
         dense_us: Latency of the fastest dense execution.
         margin: Factor on a latency budget, for what the table under- or overestimates near it.
+        memory: What a memory budget is made of; needed for one.
     Raises:
         InfeasibleBudget: No policy of the space meets it.
     """
@@ -112,7 +125,11 @@ def make_problem(
     constraints: list[Constraint] = []
     describe: dict[str, Callable[[float], str]] = {}
     for limit in budget.limits:
-        constraint, fixed = _constraint(limit, layers, scored.options, table, dense_us)
+        if limit.kind == "memory":
+            assert memory is not None
+            constraint, fixed = memory_constraint(limit, layers, scored.options, table, memory)
+        else:
+            constraint, fixed = _constraint(limit, layers, scored.options, table, dense_us)
         constraints.append(constraint)
         describe[limit.kind] = _words(limit, fixed)
         if constraint.limit < 0.0:
@@ -167,7 +184,7 @@ def _scaled(limit: Limit, margin: float) -> Limit:
 
 
 def _words(limit: Limit, fixed: float) -> Callable[[float], str]:
-    unit = {"latency": "us", "macs": " MACs", "params": " weights", "size": " bytes"}[limit.kind]
+    unit = _WORDS[limit.kind]
     return lambda cost: f"{cost + fixed:,.0f}{unit}"
 
 

@@ -23,7 +23,8 @@ def csr_rows(conv: Conv, memory: Memory, work: Work) -> tuple[list[Row], int]:
     layout = plan_planes(layer, len(packed.values) / len(conv.weight))
     plane, channels = layout.channel_bytes, round_up(conv.x.channels, LANES)
     work.image_bytes = max(work.image_bytes, plane * channels)
-    work.scratch_bytes = max(work.scratch_bytes, max(64 * LANES * CSR_TILES[tile[0]].vectors for tile in layout.tiles))
+    # The same for every layer, so that a network's workspace is exactly its largest layer's.
+    work.scratch_bytes = max(64 * LANES * tile.vectors for tile in CSR_TILES)
     sources = _sources(conv, layout, strides)
     planar: Row = {
         Field.OP: Op.PLANAR,
