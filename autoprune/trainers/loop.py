@@ -1,7 +1,7 @@
 """The built-in training loop: one recipe, checkpoints every epoch, and the same result after a kill.
 
-It prunes as any loop would: a session attached to its optimizer, nothing else. Under torchrun every process trains on its
-share of each batch, so the recipe means the same for any number of processes (BatchNorm statistics are of a share).
+It prunes as any loop would: a session attached to its optimizer, nothing else. Under torchrun every process trains on
+its share of each batch, so a recipe means the same for any number of them (BatchNorm's statistics are of a share).
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _train(
     checkpoint: Path | None,
     on_epoch: Callable[[Epoch], None],
 ) -> Trained:
-    recipe, seed = identity.recipe, identity.seed
+    recipe = identity.recipe
     model.to(memory_format=torch.channels_last)
     state = _start(model, data, identity, team)
     device = _device(model)

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -25,36 +24,21 @@ from autoprune.core.errors import ModelError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.search_spaces.trace import trace
-from autoprune.sparsity.metrics import summarise, training_macs_saved
-from autoprune.trainers import (
-    admm,
-    campfire,
-    clicktrain,
-    dynamic,
-    ese,
-    lottery,
-    magnitude,
-    nm,
-    prunetrain,
-    slimming,
-    snip,
-)
 from autoprune.trainers.compression import GradientCompression
 from autoprune.trainers.execution import Chooser, Execution
+from autoprune.trainers.first_input import FirstInput
 from autoprune.trainers.layers import choices_of, data_parallel, inner_module, inner_optimizer, pruned_layers
 from autoprune.trainers.ledger import Ledger
 from autoprune.trainers.masking import Masking
 from autoprune.trainers.method import METHODS, Clock, Method, State, Subject
+from autoprune.trainers.methods import MODULES
 from autoprune.trainers.schedule import TrainerError
-from autoprune.trainers.session_report import Phase, SessionReport
+from autoprune.trainers.session_report import Phase, SessionReport, make_report
 from autoprune.trainers.team import agree
 
 __all__ = ["MODULES", "Phase", "Session", "SessionReport", "attach"]
 
 STATE_VERSION = 1
-
-# Importing a method's module is what registers it.
-MODULES = (admm, campfire, clicktrain, dynamic, ese, lottery, magnitude, nm, prunetrain, slimming, snip)
 
 
 def attach(
@@ -117,7 +101,7 @@ class Session:
         wrapped = self._parallel is not None or isinstance(model, nn.DataParallel)
         self.method.bind(Subject(self.model, self.optimizer, wrapped, self._agree))
         self._specs: tuple[LayerSpec, ...] | None = None
-        self._look: _Look | None = None
+        self._look: FirstInput | None = None
         self._reset_state = self._settled = self._skipped = False
         self._execution: Execution | None = None
         self._compression: GradientCompression | None = None
@@ -129,7 +113,7 @@ class Session:
             self._learn_shapes(example)
         else:
             # On the module that the user calls: a hook inside a compiled graph would break it.
-            self._look = _Look()
+            self._look = FirstInput()
             self._look_handle = model.register_forward_pre_hook(self._look)
             self._handles.append(self._look_handle)
 
@@ -217,25 +201,7 @@ class Session:
         self._masking.mask_weights()
         self.detach()
         self.method.closing()
-        weights = {
-            name: module.weight.detach()
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Conv2d | nn.Linear)
-        }
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        saved = None
-        if self._specs is not None:
-            density_steps = self._ledger.density_steps()
-            saved = training_macs_saved(self._specs, density_steps, self.steps, self.method.scoring_passes)
-        return SessionReport(
-            method=self.method.name,
-            steps=self.steps,
-            finished=self.method.finished(),
-            phases=tuple(self._ledger.phases),
-            sparsity=summarise(weights, choices_of(self._policy), parameters, self._specs),
-            training_macs_saved=saved,
-            scoring_passes=self.method.scoring_passes,
-        )
+        return make_report(self.method, self.model, choices_of(self._policy), self._specs, self._ledger, self.steps)
 
     def detach(self) -> None:
         """Take the hooks off; weights stay as they are. May be called twice."""
@@ -361,21 +327,6 @@ class Session:
             self._specs = specs
         self.method.observe(example)
         self._masking.refresh()
-
-
-class _Look:
-    """Keeps the first input that a model is called with."""
-
-    def __init__(self) -> None:
-        self.example: Tensor | None = None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.example is None and args and isinstance(args[0], Tensor):
-            self.example = args[0].detach()[:1].clone()
-
-    def __deepcopy__(self, memo: object) -> _Look:
-        """A copy of the model, such as an average of weights, looks for itself and tells nobody."""
-        return _Look()
 
 
 def _overflowed(optimizer: Optimizer) -> bool:

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from autoprune.core.errors import AutopruneError, DeviceError
+from autoprune.core.launch import launched_rank, launched_size
 
-_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
 _GRACE_SECONDS = 3.0
+_LOST = (
+    "another process of this training has ended, so it cannot go on; the same command resumes from the last checkpoint."
+)
 # How gloo and NCCL say that the other end has gone.
 _GONE = ("onnection closed", "onnection reset", "onnection refused", "roken pipe", "imed out", "NCCL", "remote process")
 
@@ -109,7 +112,7 @@ def watched(team: Team) -> Iterator[None]:
         told_gone = isinstance(error, dist.DistError) or any(text in str(error) for text in _GONE)
         if team.size == 1 or not told_gone:
             raise
-        raise PeerLost(_lost_line(team.rank)) from None
+        raise PeerLost(_LOST) from None
 
 
 def agree(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
@@ -128,16 +131,6 @@ def agree(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         tensor.copy_(part.reshape(tensor.shape))
 
 
-def launched() -> bool:
-    """Whether torchrun, or a launcher like it, started this process."""
-    return all(name in os.environ for name in _LAUNCHED) and int(os.environ["WORLD_SIZE"]) > 1
-
-
-def launched_rank() -> int:
-    """Return this process's rank by its launcher; 0 without one."""
-    return int(os.environ["RANK"]) if launched() else 0
-
-
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Team]:
     """Join the processes that torchrun started, by NCCL on GPUs and gloo on CPUs; alone without it.
@@ -148,15 +141,15 @@ def joined(device: str) -> Iterator[Team]:
         DeviceError: More processes on this machine than GPUs.
         PeerLost: Another process ended meanwhile.
     """
-    if not launched():
-        yield Team()
+    team = Team(launched_rank(), launched_size())
+    if team.size == 1:
+        yield team
         return
     if device == "cuda":
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= count:
-            raise DeviceError(f"--device cuda: process {local} of this machine has no GPU, it has {count}; start fewer.")
+            raise DeviceError(f"--device cuda: this machine has {count} GPUs for process number {local}; start fewer.")
         torch.cuda.set_device(local)
-    team = Team(launched_rank(), int(os.environ["WORLD_SIZE"]))
     with _told_to_stop(team.rank), watched(team):
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         yield team
@@ -174,13 +167,13 @@ def _told_to_stop(rank: int) -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise PeerLost(_lost_line(rank))
+        raise PeerLost(_LOST)
 
     def wait() -> None:
         while (told := os.read(reader, 1)) and told[0] != signal.SIGTERM:
             pass
         if told and not over.wait(_GRACE_SECONDS):
-            print(f"autoprune: {_lost_line(rank)}", file=sys.stderr, flush=True)
+            print(f"autoprune: rank {rank}: {_LOST}", file=sys.stderr, flush=True)
             os._exit(PeerLost.exit_code)
 
     over = threading.Event()
@@ -199,10 +192,3 @@ def _told_to_stop(rank: int) -> Iterator[None]:
         os.close(writer)
         thread.join()
         os.close(reader)
-
-
-def _lost_line(rank: int) -> str:
-    return (
-        f"rank {rank}: another process of this training has ended, so it cannot go on; the same command resumes from "
-        "the last checkpoint."
-    )
