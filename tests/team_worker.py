@@ -142,7 +142,7 @@ def main() -> int:
     with joined("cpu") as team:
         record = {
             "compressed": compare_compressed(team.rank),
-            "masks": {method: disagree(team.rank, method) for method in ("clicktrain", "campfire", "rigl")},
+            "masks": {method: disagree(team.rank, method) for method in ("clicktrain", "campfire", "magnitude")},
         }
     Path(arguments[0], f"{team.rank}.json").write_text(json.dumps(record))
     return small_command(arguments[1:])
