@@ -1,7 +1,7 @@
 """One process of a training on several: run by torchrun, or by the tests with its environment.
 
-    team_worker.py checks FOLDER       gradients and masks, written to FOLDER/RANK.json
-    team_worker.py cli ARGUMENTS…      the command line, with a small network and data behind the name ``small``
+    team_worker.py cli ARGUMENTS…                  the command line, with a small network behind the name ``small``
+    team_worker.py checks FOLDER PORT ARGUMENTS…   gradients and masks, written to FOLDER/RANK.json; then the same
 
 With KILL_EPOCH set, rank 1 kills itself at the start of that epoch.
 """
@@ -88,7 +88,7 @@ def compare_compressed(rank: int) -> dict[str, Any]:
         step(packed, packed_optimizer, number, rank)
         dist.all_reduce = real
         pairs = zip(dense.parameters(), packed.parameters(), strict=True)
-        differences.append(max(float((a - b).abs().max()) for a, b in pairs))
+        differences.append(max(float((a - b).detach().abs().max()) for a, b in pairs))
     parameters = sum(p.numel() for p in packed.parameters())
     removed = sum(int((~mask).sum()) for mask in session.masks.values())
     return {
@@ -145,7 +145,8 @@ def main() -> int:
             "masks": {method: disagree(team.rank, method) for method in ("clicktrain", "campfire", "magnitude")},
         }
     Path(arguments[0], f"{team.rank}.json").write_text(json.dumps(record))
-    return small_command(arguments[1:])
+    os.environ["MASTER_PORT"] = arguments[1]  # the first group's store is still there, and remembers it
+    return small_command(arguments[2:])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from autoprune.trainers.session import attach
 from autoprune.trainers.team import PeerLost, Team, watched
 
 WORKER = Path(__file__).with_name("team_worker.py")
-SECONDS = 300
+SECONDS = 150
 
 
 def command(runs: Path) -> list[str]:
@@ -36,23 +36,25 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **more}
 
 
-def start(*arguments: str) -> list[str]:
-    """Run the worker in two processes, as torchrun would; return what each said on stderr."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def start(*arguments: str) -> list[str]:
+    """Run the worker in two processes, as torchrun would; return what each said on stderr."""
+    port, call = free_port(), [sys.executable, str(WORKER), *arguments]
     processes = []
     for rank in ("0", "1"):
         env = environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        call = [sys.executable, str(WORKER), *arguments]
-        processes.append(
-            subprocess.Popen(call, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        processes.append(subprocess.Popen(call, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     try:
         said = [process.communicate(timeout=SECONDS) for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     assert [process.returncode for process in processes] == [0, 0], said
     assert said[1][0] == ""
     return [err for _, err in said]
@@ -62,7 +64,7 @@ def start(*arguments: str) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checks of both ranks, then an unbroken training by the command line below ``whole``."""
     folder = tmp_path_factory.mktemp("team")
-    said = start("checks", str(folder), *command(folder / "whole"))
+    said = start("checks", str(folder), free_port(), *command(folder / "whole"))
     assert "epoch 5/5" in said[0]
     assert "epoch" not in said[1]
     return folder
