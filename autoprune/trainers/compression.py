@@ -89,7 +89,15 @@ class GradientCompression:
         for parameter, gradient in zip(parameters, bucket.gradients(), strict=True):
             kept = self._kept.get(parameter)  # type: ignore[call-overload]
             if kept is not None:
-                # A view with the gradient's own strides, so any memory format is followed.
                 place = gradient.storage_offset() - buffer.storage_offset()
-                keep.as_strided(gradient.shape, gradient.stride(), place).copy_(kept)
+                keep.as_strided(gradient.shape, _strides(parameter), place).copy_(kept)
         return keep.nonzero().flatten()
+
+
+def _strides(parameter: Tensor) -> tuple[int, ...]:
+    """Return how a gradient lies in its bucket: as its parameter does, row by row where that has gaps or overlaps.
+
+    The views that a bucket gives of its gradients are row by row in any case.
+    """
+    like = torch.empty_like(parameter, device="meta").stride()
+    return like if like == parameter.stride() else torch.empty(parameter.shape, device="meta").stride()
