@@ -15,6 +15,8 @@ from autoprune.tasks.data import load_data
 from autoprune.tasks.models import build_model
 from autoprune.trainers.session import SessionReport
 
+CHOICES = ["pattern(count=8,entries=4,kernels=0.5,share=1x1)", "fine(keep=0.5)"]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -43,7 +45,7 @@ def make_task(images: int) -> Task:
     data = load_data("fashion-mnist")
     model = build_model("resnet20", 1, data.classes)
     example = data.normalize(data.validation.images[:1])
-    policy = uniform_policy(trace(model, example), ["pattern(kernels=0.5)", "fine(keep=0.5)"], model="resnet20")
+    policy = uniform_policy(trace(model, example), CHOICES, model="resnet20")
     pairs = TensorDataset(data.normalize(data.train.images[:images]), data.train.labels[:images])
     return Task(model, pairs, policy, example, nn.CrossEntropyLoss())
 
