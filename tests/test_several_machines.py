@@ -108,11 +108,12 @@ def test_only_the_first_process_writes_files(folder: Path) -> None:
 
 def test_a_killed_process_ends_the_job_with_one_line_and_the_same_command_resumes(folder: Path) -> None:
     runs = folder / "killed"
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), "cli"]
+    # After a bare --: torchrun would take --run for an abbreviation of an option of its own.
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
     ended = subprocess.run(
-        [*call, *command(runs)], env=environment(KILL_EPOCH="3"), capture_output=True, text=True, timeout=SECONDS
+        [*call, str(WORKER), "cli", *command(runs)], env=environment(KILL_EPOCH="3"), capture_output=True, text=True, timeout=SECONDS
     )
-    assert ended.returncode != 0
+    assert ended.returncode == 1, ended.stderr
     lines = [line for line in ended.stderr.splitlines() if line.startswith("autoprune:")]
     assert lines == [
         "autoprune: rank 0: another process of this training has ended, so it cannot go on; the same command resumes "

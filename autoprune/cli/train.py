@@ -82,7 +82,7 @@ def train(
 ) -> None:
     """Train a network under a policy, beside a dense control of the same recipe, and time what comes out.
 
-    On several GPUs or machines: torchrun --nproc-per-node 2 -m autoprune train …, with the same options.
+    On several GPUs or machines: torchrun --nproc-per-node 2 -m -- autoprune train …, with the same options.
     """
     from autoprune.cli.progress import working
     from autoprune.core.rundir import RunDir, run_name
