@@ -110,8 +110,9 @@ def test_a_killed_process_ends_the_job_with_one_line_and_the_same_command_resume
     runs = folder / "killed"
     # After a bare --: torchrun would take --run for an abbreviation of an option of its own.
     call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    call += [str(WORKER), "cli", *command(runs)]
     ended = subprocess.run(
-        [*call, str(WORKER), "cli", *command(runs)], env=environment(KILL_EPOCH="3"), capture_output=True, text=True, timeout=SECONDS
+        call, env=environment(KILL_EPOCH="3"), capture_output=True, text=True, timeout=SECONDS
     )
     assert ended.returncode == 1, ended.stderr
     lines = [line for line in ended.stderr.splitlines() if line.startswith("autoprune:")]
