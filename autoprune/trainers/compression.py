@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from autoprune.trainers.schedule import TrainerError
@@ -28,10 +28,10 @@ class GradientCompression:
     def __init__(self) -> None:
         self.sent_bytes = 0
         self.dense_bytes = 0
-        self._kept: dict[nn.Parameter, Tensor] = {}
-        self._index: dict[tuple[nn.Parameter, ...], Tensor] = {}
+        self._kept: dict[Tensor, Tensor] = {}
+        self._index: dict[tuple[Tensor, ...], Tensor] = {}
 
-    def freeze(self, kept: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    def freeze(self, kept: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Send only what is kept of these parameters from now on.
 
         Args:
@@ -47,18 +47,22 @@ class GradientCompression:
             TrainerError: The model has a communication hook already.
         """
 
-        def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        def hook(
+            state: object, bucket: dist.GradBucket  # type: ignore[name-defined]
+        ) -> torch.futures.Future[torch.Tensor]:
             return self._reduce(model.process_group, bucket)
 
         try:
-            model.register_comm_hook(None, hook)  # type: ignore[no-untyped-call]
+            model.register_comm_hook(None, hook)
         except RuntimeError as error:
             raise TrainerError(
                 f"compress_gradients: this model takes no further communication hook ({str(error).splitlines()[0]}); "
                 "register none of your own, and call it once, before the first step."
             ) from None
 
-    def _reduce(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _reduce(
+        self, group: dist.ProcessGroup, bucket: dist.GradBucket  # type: ignore[name-defined]
+    ) -> torch.futures.Future[torch.Tensor]:
         buffer = bucket.buffer()
         index = self._packing(bucket) if self._kept else None
         values = buffer if index is None else buffer.index_select(0, index)
@@ -72,9 +76,9 @@ class GradientCompression:
             total = done.value()[0]
             return total if index is None else buffer.zero_().index_copy_(0, index, total)
 
-        return work.get_future().then(unpack)  # type: ignore[no-any-return]
+        return work.get_future().then(unpack)
 
-    def _packing(self, bucket: dist.GradBucket) -> Tensor | None:
+    def _packing(self, bucket: dist.GradBucket) -> Tensor | None:  # type: ignore[name-defined]
         """Return where a bucket's kept gradients lie in its buffer, in order; None when all are kept."""
         # By parameters, not by number: buckets are dealt anew after the first backward pass.
         key = tuple(bucket.parameters())
@@ -83,11 +87,13 @@ class GradientCompression:
         index = self._index[key]
         return None if len(index) == bucket.buffer().numel() else index
 
-    def _find(self, bucket: dist.GradBucket, parameters: Sequence[Tensor]) -> Tensor:
+    def _find(
+        self, bucket: dist.GradBucket, parameters: Sequence[Tensor]  # type: ignore[name-defined]
+    ) -> Tensor:
         buffer = bucket.buffer()
         keep = torch.ones(buffer.numel(), dtype=torch.bool, device=buffer.device)
         for parameter, gradient in zip(parameters, bucket.gradients(), strict=True):
-            kept = self._kept.get(parameter)  # type: ignore[call-overload]
+            kept = self._kept.get(parameter)
             if kept is not None:
                 place = gradient.storage_offset() - buffer.storage_offset()
                 keep.as_strided(gradient.shape, _strides(parameter), place).copy_(kept)

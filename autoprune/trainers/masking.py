@@ -17,7 +17,7 @@ from autoprune.trainers.layers import inner_module
 from autoprune.trainers.method import PrunedLayer
 
 # Parameters whose gradients are masked, and the 0/1 factor of each.
-Pairs = tuple[list[nn.Parameter], list[Tensor]]
+Pairs = tuple[list[Tensor], list[Tensor]]
 
 
 class Masking:
@@ -79,7 +79,7 @@ class Masking:
         inner = inner_module(copy)
         if isinstance(inner, AveragedModel):
             inner = inner_module(inner.module)
-        names = {parameter: name for name, parameter in trained.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in trained.named_parameters()}
         targets = dict(inner.named_parameters())
         for parameter, factor in zip(*self.weights, strict=True):
             target = targets.get(names[parameter])
@@ -99,7 +99,7 @@ class Masking:
         counts = torch.stack([mask.sum().to(device) for _, mask in masked]).tolist()
         return dict(zip((name for name, _ in masked), counts, strict=True))
 
-    def kept(self) -> list[tuple[nn.Parameter, Tensor]]:
+    def kept(self) -> list[tuple[Tensor, Tensor]]:
         """Return each parameter that a mask covers, with what of it is kept, boolean."""
         return [(parameter, factor != 0) for parameter, factor in zip(*self.gradients, strict=True)]
 

@@ -90,7 +90,7 @@ class _Batch:
         size = _rows(self.terms[0].removed, self.terms[0]).shape[1]
         # Kept between steps, so that a step is two calls over all parameters and some over the whole matrix.
         self.weights_GN = torch.empty(sum(counts), size, device=self.terms[0].parameter.device)
-        self.parts = self.weights_GN.split(counts)
+        self.parts = torch.split(self.weights_GN, counts)
         self.views = [_view(part, term) for part, term in zip(self.parts, self.terms, strict=True)]
 
     def add_gradients(self, strength: float | Tensor, epsilon: float) -> None:
@@ -119,7 +119,8 @@ class _Batch:
         torch._foreach_add_(found, values)
 
     def _load(self) -> None:
-        views, parameters = [], []
+        views: list[Tensor] = []
+        parameters: list[Tensor] = []
         for view, part, term in zip(self.views, self.parts, self.terms, strict=True):
             if view is None:
                 part.copy_(_rows(term.parameter, term))

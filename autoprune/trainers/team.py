@@ -127,7 +127,7 @@ def agree(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     device = tensors[0].device
     flat = torch.cat([tensor.to(device).flatten() for tensor in tensors]).to(torch.uint8)
     dist.broadcast(flat, dist.get_global_rank(group, 0), group=group)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.reshape(tensor.shape))
 
 
