@@ -14,6 +14,7 @@ import typer
 
 from autoprune.cli import bench, evaluate, lut, report, search, train
 from autoprune.core.errors import AutopruneError
+from autoprune.core.launch import launched_rank, launched_size
 
 INTERRUPTED = 130
 
@@ -74,13 +75,16 @@ def _tell(error: BaseException, argv: Sequence[str]) -> int:
         line, code = f"unexpected {type(error).__name__}: {error}.{hint}", 1
     if debug:
         traceback.print_exception(error, file=sys.stderr)
-    print(f"autoprune: {' '.join(line.split())}", file=sys.stderr)
+    who = f"rank {launched_rank()}: " if launched_size() > 1 else ""
+    print(f"autoprune: {who}{' '.join(line.split())}", file=sys.stderr)
     return code
 
 
 def _interrupted(argv: Sequence[str]) -> int:
     command = next(iter(argv), "")
     next_step = "give the command again"
+    if launched_rank() > 0:
+        return INTERRUPTED  # the first of several processes says it
     if command in ("search", "train") or "--resume" in argv:
         next_step = "the same command resumes where it stopped"
     elif command == "lut":

@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from autoprune.core.progress import Progress
+from autoprune.core.launch import launched_rank
+from autoprune.core.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
 
 def make_progress(stream: TextIO | None = None) -> Progress:
-    """Return bars if ``stream`` (stderr by default) is a terminal, else plain lines."""
+    """Return bars if ``stream`` (stderr by default) is a terminal, else plain lines; of several processes one tells."""
+    if launched_rank() > 0:
+        return Silent()
     stream = stream or sys.stderr
     return Bars() if stream.isatty() else Lines(stream)
 

@@ -80,12 +80,16 @@ def train(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Train a network under a policy, beside a dense control of the same recipe, and time what comes out."""
+    """Train a network under a policy, beside a dense control of the same recipe, and time what comes out.
+
+    On several GPUs or machines: torchrun --nproc-per-node 2 -m -- autoprune train …, with the same options.
+    """
     from autoprune.cli.progress import working
     from autoprune.core.rundir import RunDir, run_name
     from autoprune.core.undo import undone_when_refused
     from autoprune.trainers.presets import PRESETS
-    from autoprune.trainers.run import TrainRequest, train_policy
+    from autoprune.trainers.run import TrainRequest, follow_training, train_policy
+    from autoprune.trainers.team import joined
 
     preset = PRESETS.get(recipe)
     method = trainer or preset.trainer or "clicktrain"
@@ -110,9 +114,13 @@ def train(
         device=device,
     )
     name = run or run_name(*_origin(policy, uniform or [], request), *_recipe_name(recipe), f"e{length}", f"s{seed}")
-    with undone_when_refused(runs_dir, name), working() as progress:
-        folder = RunDir.open(runs_dir, name, request.config(), fresh=fresh)
-        result = train_policy(request, folder, progress)
+    with joined(device) as team:
+        if not team.leads:
+            follow_training(request, RunDir.named(runs_dir, name))
+            return
+        with undone_when_refused(runs_dir, name), working() as progress:
+            folder = RunDir.open(runs_dir, name, request.config(), fresh=fresh)
+            result = train_policy(request, folder, progress)
     if as_json:
         from autoprune.cli.record import print_record
 

@@ -25,7 +25,16 @@ from autoprune.core.choices import Block, Channels, Combined, Pattern
 from autoprune.sparsity.masks import Balance, assign_patterns, choose_pool, project, spread, target_of
 from autoprune.sparsity.patterns import PoolKind
 from autoprune.sparsity.ranking import top_mask
-from autoprune.trainers.method import METHODS, Clock, Method, PrunedLayer, State, check_setting, read_settings
+from autoprune.trainers.method import (
+    METHODS,
+    Clock,
+    Method,
+    PrunedLayer,
+    State,
+    Subject,
+    check_setting,
+    read_settings,
+)
 from autoprune.trainers.penalty import Grouping, GroupLasso, Term
 from autoprune.trainers.projection import Rule
 from autoprune.trainers.schedule import TrainerError, clicktrain_phase, make_stages
@@ -129,6 +138,10 @@ class ClickTrain(Method):
         self.plans: dict[str, Plan] = {}
         self.penalty: GroupLasso | None = None
         self.pruned = False
+        self.subject: Subject | None = None
+
+    def bind(self, subject: Subject) -> None:
+        self.subject = subject
 
     def phase(self, epoch: int) -> str:
         return clicktrain_phase(epoch, self.stages)
@@ -162,6 +175,10 @@ class ClickTrain(Method):
                 importance = self.importance.of(layer)
                 self.plans[layer.name] = plan_layer(importance, layer, self.settings.pool, self.settings.balance)
             self.importance = Saliency(power=2)
+            if self.subject is not None:
+                plans = self.plans.values()
+                self.subject.agree([plan.mask for plan in plans])
+                self.subject.agree([plan.outside for plan in plans if plan.outside is not None])
             self._make_penalty()
 
     def _make_penalty(self) -> None:

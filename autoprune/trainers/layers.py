@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from autoprune.core.choices import Choice, Dense
 from autoprune.core.errors import PolicyError
@@ -17,11 +19,34 @@ def inner_module(model: nn.Module) -> nn.Module:
     """Return the module under torch.compile's and data-parallel wrappers."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        if inner is None and isinstance(model, DistributedDataParallel | nn.DataParallel):
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
+    """Return the DistributedDataParallel wrapper of a model, under torch.compile's if need be; None without one."""
+    while not isinstance(model, DistributedDataParallel):
+        inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return None
+        model = inner
+    return model
+
+
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that takes the steps, under the wrappers of training libraries.
+
+    Such a wrapper is an ``Optimizer`` by name only: it never called the base class, and has no hooks to register.
+    """
+    while "_optimizer_step_pre_hooks" not in vars(optimizer):
+        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None)
+        if not isinstance(inner, Optimizer):
+            break
+        optimizer = inner
+    return optimizer
 
 
 def choices_of(policy: Policy | Mapping[str, Choice]) -> Mapping[str, Choice]:

@@ -1,6 +1,7 @@
 """The built-in training loop: one recipe, checkpoints every epoch, and the same result after a kill.
 
-It prunes as any loop would: a session attached to its optimizer, nothing else.
+It prunes as any loop would: a session attached to its optimizer, nothing else. Under torchrun every process trains on
+its share of each batch, so a recipe means the same for any number of them (BatchNorm's statistics are of a share).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from autoprune.trainers.layers import choices_of
 from autoprune.trainers.recipe import Recipe, augment, make_optimizer, mix, segment_factor
 from autoprune.trainers.schedule import TrainerError
 from autoprune.trainers.session import Session, SessionReport, attach
+from autoprune.trainers.team import Team, watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +67,10 @@ class Trained:
 
 @dataclass(slots=True)
 class TrainState:
-    """Everything an epoch changes."""
+    """Everything an epoch changes; ``runner`` is the model as it is called, data-parallel among several processes."""
 
     model: nn.Module
+    runner: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     log: list[Epoch]
@@ -128,31 +131,54 @@ def train(
         RunError: The checkpoint is damaged or of another recipe, seed or policy.
         TrainerError: The loss became infinite or NaN, or the method's settings do not fit the epochs.
         PolicyError: The policy is for another model.
+        PeerLost: Another process of this training has ended.
     """
-    identity = _Identity(recipe, seed, pruning)
+    team = Team.current()
+    with watched(team):
+        return _train(model, data, _Identity(recipe, seed, pruning), team, checkpoint, on_epoch)
+
+
+def _train(
+    model: nn.Module,
+    data: DataSet,
+    identity: _Identity,
+    team: Team,
+    checkpoint: Path | None,
+    on_epoch: Callable[[Epoch], None],
+) -> Trained:
+    recipe = identity.recipe
     model.to(memory_format=torch.channels_last)
-    state = _start(model, data, identity)
-    if checkpoint is not None and checkpoint.exists():
-        _load(checkpoint, state, identity)
-        for entry in state.log:
-            on_epoch(entry)
+    state = _start(model, data, identity, team)
     device = _device(model)
-    images, labels = data.normalize(data.validation.images).to(device), data.validation.labels.to(device)
+    if checkpoint is not None:
+        # Only the leader's folder need hold it: other machines may have disks of their own.
+        stored = checkpoint.read_bytes() if team.leads and checkpoint.exists() else None
+        stored = team.bytes_from_lead(stored, device)
+        if stored is not None:
+            _load(checkpoint, stored, state, identity)
+            for entry in state.log:
+                on_epoch(entry)
+    judge = _judge(data, device) if team.leads else None
     for epoch in range(len(state.log), recipe.epochs):
         started = time.perf_counter()
         phase = "dense" if state.session is None else state.session.phase
-        loss = _train_epoch(state, data, recipe, seed * 10_007 + epoch)
+        loss = _train_epoch(state, data, identity, epoch)
         if not math.isfinite(loss):
             raise TrainerError(f"training diverged: the loss of epoch {epoch} is {loss}; lower the learning rate.")
-        score = accuracy(model, images, labels)
+        score = team.from_lead(0.0 if judge is None else judge(model), device)
         sparsity = 0.0 if state.session is None else state.session.sparsity
         rate = float(state.scheduler.get_last_lr()[0])
         state.log.append(Epoch(epoch, loss, score, rate, time.perf_counter() - started, phase, sparsity))
-        if checkpoint is not None:
+        if checkpoint is not None and team.leads:
             _save(checkpoint, state, identity)
         on_epoch(state.log[-1])
     model.eval()
     return Trained(state.log, None if state.session is None else state.session.finalize())
+
+
+def _judge(data: DataSet, device: torch.device) -> Callable[[nn.Module], float]:
+    images, labels = data.normalize(data.validation.images).to(device), data.validation.labels.to(device)
+    return lambda model: accuracy(model, images, labels)
 
 
 def steps_per_epoch(data: DataSet, recipe: Recipe) -> int:
@@ -169,14 +195,20 @@ def write_metrics(path: Path, log: list[Epoch]) -> None:
     write_text(path, text.getvalue())
 
 
-def _start(model: nn.Module, data: DataSet, identity: _Identity) -> TrainState:
+def _start(model: nn.Module, data: DataSet, identity: _Identity, team: Team) -> TrainState:
     recipe, pruning = identity.recipe, identity.pruning
+    if recipe.batch_size % team.size:
+        raise TrainerError(
+            f"a batch of {recipe.batch_size} images cannot be shared evenly by {team.size} processes; start a number "
+            "of processes that divides it."
+        )
+    runner = team.wrap(model)
     steps = steps_per_epoch(data, recipe)
     optimizer = make_optimizer(model, recipe)
     session = None
     if pruning is not None:
         session = attach(
-            model,
+            runner,
             optimizer,
             pruning.policy,
             steps_per_epoch=steps,
@@ -185,37 +217,45 @@ def _start(model: nn.Module, data: DataSet, identity: _Identity) -> TrainState:
             settings=pruning.settings,
             example=data.normalize(data.validation.images[:1]),
         )
+        if team.size > 1:
+            session.compress_gradients()
     restarts = [] if session is None else [(restart.epoch, restart.scale) for restart in session.method.restarts]
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: segment_factor(recipe, restarts, step, steps)
     )
-    return TrainState(model, optimizer, scheduler, [], session)
+    return TrainState(model, runner, optimizer, scheduler, [], session)
 
 
-def _train_epoch(state: TrainState, data: DataSet, recipe: Recipe, seed: int) -> float:
+def _train_epoch(state: TrainState, data: DataSet, identity: _Identity, epoch: int) -> float:
+    recipe, team = identity.recipe, Team.current()
+    seed = identity.seed * 10_007 + epoch
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.train), generator=generator)
+    if team.rank > 0:
+        # The order is common, augmentation and dropout are each process's own.
+        seed += 1_000_003 * team.rank
+        generator.manual_seed(seed)
     device = _device(state.model)
-    state.model.train()
+    state.runner.train()
     total = torch.zeros((), device=device)
     steps = steps_per_epoch(data, recipe)
     with torch.random.fork_rng():
         # Dropout draws from the global generator; by epoch, so that a resumed run draws the same.
         torch.manual_seed(seed)
         for step in range(steps):
-            index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            index = team.share(order[step * recipe.batch_size : (step + 1) * recipe.batch_size])
             images = data.normalize(augment(data.train.images[index], recipe, generator))
             mixed = Mixed(data.train.labels[index])
             if recipe.mixup > 0 and len(state.log) >= recipe.mixup_start:
                 images, partner, share = mix(images, recipe.mixup, generator)
                 mixed = Mixed(mixed.labels, mixed.labels[partner], share)
             total += _train_step(state, images.to(device), mixed.to(device), recipe)
-    return float(total / steps)
+    return float(team.mean(total / steps))
 
 
 def _train_step(state: TrainState, images: Tensor, target: Mixed, recipe: Recipe) -> Tensor:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        loss = target.loss(state.model(images).float())
+        loss = target.loss(state.runner(images).float())
     state.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
     state.optimizer.step()
@@ -245,9 +285,9 @@ def _save(path: Path, state: TrainState, identity: _Identity) -> None:
         raise RunError(f"cannot write {path} ({error}); choose another folder or free the disk.") from None
 
 
-def _load(path: Path, state: TrainState, identity: _Identity) -> None:
+def _load(path: Path, stored: bytes, state: TrainState, identity: _Identity) -> None:
     try:
-        payload = torch.load(path, weights_only=True, map_location="cpu")
+        payload = torch.load(io.BytesIO(stored), weights_only=True, map_location="cpu")
         log = [Epoch(**entry) for entry in payload["log"]]
         found = (payload["recipe"], payload["seed"], payload.get("pruning"))
     except Exception:

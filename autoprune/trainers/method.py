@@ -6,7 +6,7 @@ A method sees the gradients before each step and the weights after it. It decide
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -84,6 +84,10 @@ class Clock:
             )
 
 
+def _alone(tensors: Sequence[Tensor]) -> None:
+    """Leave decisions as they are: there is one process only."""
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """What a session prunes, for methods that touch more than the policy's weights.
@@ -92,11 +96,14 @@ class Subject:
         model: Without wrappers.
         optimizer: Steps its parameters.
         wrapped: Whether training runs it inside a data-parallel wrapper.
+        agree: Overwrites boolean tensors by those of the first of several processes. The session does it for masks; a
+            method calls it for what else it decides once.
     """
 
     model: nn.Module
     optimizer: Optimizer
     wrapped: bool = False
+    agree: Callable[[Sequence[Tensor]], None] = _alone
 
 
 @dataclass(frozen=True, slots=True)

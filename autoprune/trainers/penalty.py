@@ -4,8 +4,8 @@ Of the group lasso, ClickTrain's modified one is the best known (METHODS §2.4);
 channels.
 
 ``λ Σ_groups ‖w ⊙ removed‖`` with ``‖v‖ = sqrt(Σ v² + ε)``, so a weight's gradient is ``λ·w·removed / ‖w ⊙ removed‖``.
-Nothing passes through autograd. Groups of one size are computed together, whatever layer they belong to: a step costs
-a few operations, not a few per layer. G groups of N weights.
+Nothing passes through autograd. Groups of one size are computed together, whatever layer they belong to, and two terms
+of one parameter share its weights: a step costs a few operations, not a few per layer. G groups of N weights.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ class GroupLasso:
     def __init__(self, terms: Sequence[Term], strength: float, epsilon: float = EPSILON) -> None:
         self.strength = strength
         self.epsilon = epsilon
-        self._batches = [_Batch(part) for part in _by_size(terms)]
+        self._terms = terms
+        self._batches = [_Batch(members) for members in _by_size(terms)]
 
     def value(self) -> Tensor:
         """Return the penalty, a float32 scalar that autograd can differentiate."""
         total = torch.zeros(())
-        for batch in self._batches:
-            gated_GN = batch.gated()
-            total = total.to(gated_GN.device) + _norm(gated_GN, self.epsilon).sum()
+        for term in self._terms:
+            gated_GN = _rows(term.parameter, term).float() * _rows(term.removed, term).float()
+            total = total.to(gated_GN.device) + gated_GN.square().sum(1).add(self.epsilon).sqrt().sum()
         return self.strength * total
 
     @torch.no_grad()
@@ -69,36 +70,76 @@ class GroupLasso:
             scale: By which the gradients are multiplied at the moment (a loss scale not yet undone).
         """
         for batch in self._batches:
-            gated_GN = batch.gated()
-            gated_GN.mul_((self.strength * scale) / _norm(gated_GN, self.epsilon))
-            batch.add(gated_GN)
+            batch.add_gradients(self.strength * scale, self.epsilon)
 
 
 class _Batch:
-    """Terms whose groups have one size and live on one device."""
+    """Groups of one size on one device, those of all parameters in one matrix, each parameter's weights once in it.
 
-    def __init__(self, terms: Sequence[Term]) -> None:
-        self.terms = terms
-        self.removed_GN = torch.cat([_rows(term.removed, term).float() for term in terms])
-        self.counts = [_rows(term.removed, term).shape[0] for term in terms]
+    Args:
+        members: One list of terms a parameter, all of one length and each of one grouping.
+    """
 
-    def gated(self) -> Tensor:
-        rows = [_rows(term.parameter, term) for term in self.terms]
-        return torch.cat(rows).float() * self.removed_GN
+    def __init__(self, members: Sequence[Sequence[Term]]) -> None:
+        self.terms = [terms[0] for terms in members]
+        self.removed = [
+            _narrow(torch.cat([_rows(term.removed, term).float() for term in column]))
+            for column in zip(*members, strict=True)
+        ]
+        counts = [_rows(term.removed, term).shape[0] for term in self.terms]
+        size = _rows(self.terms[0].removed, self.terms[0]).shape[1]
+        # Kept between steps, so that a step is two calls over all parameters and some over the whole matrix.
+        self.weights_GN = torch.empty(sum(counts), size, device=self.terms[0].parameter.device)
+        self.parts = torch.split(self.weights_GN, counts)
+        self.views = [_view(part, term) for part, term in zip(self.parts, self.terms, strict=True)]
 
-    def add(self, gradient_GN: Tensor) -> None:
-        grads, parts = [], []
-        for term, part in zip(self.terms, torch.split(gradient_GN, self.counts), strict=True):
-            if term.parameter.grad is not None:
-                grads.append(term.parameter.grad)
-                parts.append(_unrows(part, term).to(term.parameter.grad.dtype))
-        # A parameter with two terms appears twice: foreach would race on it, so repeats get a call of their own.
-        for index in _rounds(grads):
-            torch._foreach_add_([grads[i] for i in index], [parts[i] for i in index])
+    def add_gradients(self, strength: float | Tensor, epsilon: float) -> None:
+        """Add ``strength·w·Σ removed / ‖w ⊙ removed‖`` to the gradients that there are."""
+        grads = [term.parameter.grad for term in self.terms]
+        if all(grad is None for grad in grads):
+            return
+        self._load()
+        weights_GN = self.weights_GN
+        square_GN = weights_GN.square()
+        factor: Tensor | None = None
+        for removed in self.removed:
+            if removed.shape[1] == 1:
+                norm_G1 = square_GN.sum(1, keepdim=True).mul_(removed)
+            else:
+                norm_G1 = (square_GN * removed).sum(1, keepdim=True)
+            part = removed * (strength / norm_G1.add_(epsilon).sqrt_())
+            factor = part if factor is None else factor + part
+        assert factor is not None
+        weights_GN.mul_(factor)
+        found, values = [], []
+        for grad, view, part, term in zip(grads, self.views, self.parts, self.terms, strict=True):
+            if grad is not None:
+                found.append(grad)
+                values.append(_unrows(part, term) if view is None else view)
+        torch._foreach_add_(found, values)
+
+    def _load(self) -> None:
+        views: list[Tensor] = []
+        parameters: list[Tensor] = []
+        for view, part, term in zip(self.views, self.parts, self.terms, strict=True):
+            if view is None:
+                part.copy_(_rows(term.parameter, term))
+            else:
+                views.append(view)
+                parameters.append(term.parameter)
+        if views:
+            torch._foreach_copy_(views, parameters)
 
 
-def _norm(gated_GN: Tensor, epsilon: float) -> Tensor:
-    return gated_GN.square().sum(1, keepdim=True).add_(epsilon).sqrt_()
+def _narrow(removed_GN: Tensor) -> Tensor:
+    """Return (G, 1) in place of (G, N) where every group is removed whole or not at all."""
+    first_G1 = removed_GN[:, :1]
+    return first_G1.clone() if bool((removed_GN == first_G1).all()) else removed_GN
+
+
+def _view(rows_GN: Tensor, term: Term) -> Tensor | None:
+    """Return a part of the matrix in the shape of its parameter; None where no view has it."""
+    return None if term.filters > 1 else _unrows(rows_GN, term)
 
 
 def _rows(value: Tensor, term: Term) -> Tensor:
@@ -119,32 +160,25 @@ def _rows(value: Tensor, term: Term) -> Tensor:
 def _unrows(rows_GN: Tensor, term: Term) -> Tensor:
     shape = term.parameter.shape
     if term.filters == 1 and term.by == "channel":
-        return rows_GN.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
+        return rows_GN.view(shape[1], shape[0], *shape[2:]).transpose(0, 1)
     if term.filters == 1:
-        return rows_GN.reshape(shape)
+        return rows_GN.view(shape)
     columns = shape[1:].numel()
     flat_KD = rows_GN.reshape(-1, columns, term.filters).transpose(1, 2).reshape(-1, columns)
     return flat_KD[: shape[0]].reshape(shape)
 
 
-def _by_size(terms: Sequence[Term]) -> list[list[Term]]:
-    batches: dict[tuple[int, torch.device], list[Term]] = {}
+def _by_size(terms: Sequence[Term]) -> list[list[list[Term]]]:
+    """Return the terms by size of their groups, device and number, then by parameter."""
+    together: dict[tuple[int, int, str], list[Term]] = {}
     for term in terms:
-        size = term.filters if term.filters > 1 else _rows(term.removed, term).shape[1]
-        batches.setdefault((size, term.parameter.device), []).append(term)
+        together.setdefault((id(term.parameter), term.filters, term.by), []).append(term)
+    batches: dict[tuple[int, torch.device, int], list[list[Term]]] = {}
+    for members in together.values():
+        first = members[0]
+        size = first.filters if first.filters > 1 else _rows(first.removed, first).shape[1]
+        batches.setdefault((size, first.parameter.device, len(members)), []).append(members)
     return list(batches.values())
-
-
-def _rounds(grads: Sequence[Tensor]) -> list[list[int]]:
-    rounds: list[list[int]] = []
-    seen: dict[int, int] = {}
-    for index, grad in enumerate(grads):
-        turn = seen.get(id(grad), 0)
-        seen[id(grad)] = turn + 1
-        if turn == len(rounds):
-            rounds.append([])
-        rounds[turn].append(index)
-    return rounds
 
 
 class Decay:

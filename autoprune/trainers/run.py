@@ -34,7 +34,7 @@ from autoprune.trainers.recipe import Recipe
 from autoprune.trainers.result import Deployment, Savings, TrainedAccuracy, TrainResult
 from autoprune.trainers.schedule import TrainerError
 
-__all__ = ["TrainRequest", "TrainResult", "make_uniform", "train_policy"]
+__all__ = ["TrainRequest", "TrainResult", "follow_training", "make_uniform", "train_policy"]
 
 CONTROL_NAME = "dense"
 
@@ -106,12 +106,9 @@ def train_policy(request: TrainRequest, run: RunDir, progress: Progress | None =
         AutopruneError: Of every part: names, data, policy, trainer settings, damaged checkpoints, measurement.
     """
     progress = Silent() if progress is None else progress
-    data = load_data(request.data, request.data_dir, full=not request.embedded)
-    model = _first_weights(request, data)
+    model, control, data = _prepare(request)
     if request.policy is not None:
-        request.policy.check_model(trace(model, data.normalize(data.validation.images[:1])))
         request.policy.save(run.policy)
-    control = copy.deepcopy(model) if request.policy is not None and request.control else None
     trained = _train(model, data, request, run, progress)
     if trained.report is not None and not trained.report.finished:
         raise TrainerError(f"trainer '{request.trainer}' ended before the policy's masks were reached; train longer.")
@@ -132,6 +129,36 @@ def train_policy(request: TrainRequest, run: RunDir, progress: Progress | None =
     write_text(run.training, result.model_dump_json(indent=1) + "\n")
     progress.finish()
     return result
+
+
+def follow_training(request: TrainRequest, run: RunDir) -> None:
+    """Train along in every process but the leading one: the same weights, and no file.
+
+    Args:
+        request: The leader's.
+        run: Names the leader's checkpoints; its folder need not exist here.
+    Raises:
+        AutopruneError: As ``train_policy``.
+    """
+    model, control, data = _prepare(request)
+    train(model, data, request.recipe, seed=request.seed, pruning=_pruning(request), checkpoint=run.checkpoint)
+    if control is not None:
+        folder = RunDir.named(run.path, CONTROL_NAME)
+        train(control, data, request.recipe, seed=request.seed, checkpoint=folder.checkpoint)
+
+
+def _prepare(request: TrainRequest) -> tuple[nn.Module, nn.Module | None, DataSet]:
+    """Return the model with its first weights, its dense control if one is wanted, and the data."""
+    data = load_data(request.data, request.data_dir, full=not request.embedded)
+    model = _first_weights(request, data)
+    if request.policy is None:
+        return model, None, data
+    request.policy.check_model(trace(model, data.normalize(data.validation.images[:1])))
+    return model, copy.deepcopy(model) if request.control else None, data
+
+
+def _pruning(request: TrainRequest) -> Pruning | None:
+    return None if request.policy is None else Pruning(request.policy, request.trainer, request.settings)
 
 
 def _first_weights(request: TrainRequest, data: DataSet) -> nn.Module:
@@ -167,9 +194,7 @@ def make_uniform(model: str, data: str, texts: Sequence[str]) -> Policy:
 def _train(
     model: nn.Module, data: DataSet, request: TrainRequest, run: RunDir, progress: Progress, *, dense: bool = False
 ) -> Trained:
-    pruning = None
-    if request.policy is not None and not dense:
-        pruning = Pruning(request.policy, request.trainer, request.settings)
+    pruning = None if dense else _pruning(request)
     progress.stage("dense control" if dense else "train", request.recipe.epochs)
     log: list[Epoch] = []
 

@@ -4,17 +4,19 @@ The session hooks into ``optimizer.step``. Before a step it lets the method read
 them; after it the method may move the masks, removed weights are set to zero, and so is the optimizer's state for them
 (momentum would revive them). It counts the steps the optimizer really takes: a step that a gradient scaler skips does
 not count, nor do the backward passes of gradient accumulation.
+
+In a data-parallel training every process attaches to its own replica; what the first one decides is taken by all.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from autoprune.core.choices import Choice
@@ -22,32 +24,21 @@ from autoprune.core.errors import ModelError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.search_spaces.trace import trace
-from autoprune.sparsity.metrics import summarise, training_macs_saved
-from autoprune.trainers import (
-    admm,
-    campfire,
-    clicktrain,
-    dynamic,
-    ese,
-    lottery,
-    magnitude,
-    nm,
-    prunetrain,
-    slimming,
-    snip,
-)
+from autoprune.trainers.compression import GradientCompression
 from autoprune.trainers.execution import Chooser, Execution
-from autoprune.trainers.layers import choices_of, inner_module, pruned_layers
+from autoprune.trainers.first_input import FirstInput
+from autoprune.trainers.layers import choices_of, data_parallel, inner_module, inner_optimizer, pruned_layers
+from autoprune.trainers.ledger import Ledger
+from autoprune.trainers.masking import Masking
 from autoprune.trainers.method import METHODS, Clock, Method, State, Subject
+from autoprune.trainers.methods import MODULES
 from autoprune.trainers.schedule import TrainerError
-from autoprune.trainers.session_report import Phase, SessionReport
+from autoprune.trainers.session_report import Phase, SessionReport, make_report
+from autoprune.trainers.team import agree
 
 __all__ = ["MODULES", "Phase", "Session", "SessionReport", "attach"]
 
 STATE_VERSION = 1
-
-# Importing a method's module is what registers it.
-MODULES = (admm, campfire, clicktrain, dynamic, ese, lottery, magnitude, nm, prunetrain, slimming, snip)
 
 
 def attach(
@@ -64,8 +55,9 @@ def attach(
     """Train ``model`` towards a policy in the loop that already exists.
 
     Args:
-        model: Any module; a compiled or data-parallel one is looked through.
-        optimizer: Steps the model's parameters.
+        model: Any module; a compiled or data-parallel one is looked through. Of several wrappers give the outermost,
+            the one that the loop calls.
+        optimizer: Steps the model's parameters; Accelerate's and Lightning's wrappers are looked through.
         policy: A policy, or layer names → choices.
         steps_per_epoch: Optimizer steps of one epoch (batches over accumulation steps).
         epochs: Length of the training, by which the method's phases are laid out.
@@ -97,33 +89,33 @@ class Session:
         example: Tensor | None,
     ) -> None:
         self.model = inner_module(model)
-        self.optimizer = optimizer
+        self.optimizer = inner_optimizer(optimizer)
         self.clock = clock
         self.steps = 0
         self._policy = policy
         self._layers = pruned_layers(self.model, choices_of(policy))
+        self._masking = Masking(self._layers)
+        self._ledger = Ledger(self._layers)
+        self._parallel = data_parallel(model)
         self.method = method(self._layers, clock, settings)
-        wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
-        self.method.bind(Subject(self.model, optimizer, wrapped))
+        wrapped = self._parallel is not None or isinstance(model, nn.DataParallel)
+        self.method.bind(Subject(self.model, self.optimizer, wrapped, self._agree))
         self._specs: tuple[LayerSpec, ...] | None = None
-        self._example: Tensor | None = None
-        self._phases: list[Phase] = []
-        # Of the shapes at the start: a method may take dead channels out on the way.
-        self._sizes: dict[str, int] = {layer.name: layer.parameter.numel() for layer in self._layers}
-        self._kept = dict(self._sizes)
-        self._kept_steps: dict[str, int] = dict.fromkeys(self._kept, 0)
-        self._reset_state = False
+        self._look: FirstInput | None = None
+        self._reset_state = self._settled = self._skipped = False
         self._execution: Execution | None = None
+        self._compression: GradientCompression | None = None
         self._handles: list[Any] = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            self.optimizer.register_step_pre_hook(self._before),
+            self.optimizer.register_step_post_hook(self._after),
         ]
         if example is not None:
             self._learn_shapes(example)
         else:
             # On the module that the user calls: a hook inside a compiled graph would break it.
-            self._look = model.register_forward_pre_hook(self._see_input)
-            self._handles.append(self._look)
+            self._look = FirstInput()
+            self._look_handle = model.register_forward_pre_hook(self._look)
+            self._handles.append(self._look_handle)
 
     @property
     def epoch(self) -> int:
@@ -143,8 +135,7 @@ class Session:
     @property
     def sparsity(self) -> float:
         """Fraction of the policy's weights that the masks have removed by now."""
-        weights = sum(self._sizes.values())
-        return 1.0 - sum(self._kept.values()) / weights if weights else 0.0
+        return self._ledger.sparsity
 
     @property
     def frozen(self) -> bool:
@@ -167,30 +158,50 @@ class Session:
         self._execution = Execution(self.model, choose)
         self._start_sparse()
 
+    def compress_gradients(self, model: DistributedDataParallel | None = None) -> GradientCompression:
+        """Send only the gradients of kept weights between processes, as soon as the masks are final.
+
+        Until then gradients are averaged as ever. Nothing is compressed unless this is called: a communication hook
+        is the user's to give away, and a model takes only one.
+
+        Args:
+            model: The wrapper; None takes the one that ``attach`` was given.
+        Returns:
+            The hook, which counts the bytes that it sends.
+        Raises:
+            TrainerError: No DistributedDataParallel model, or one that has a hook already.
+        """
+        wrapper = self._parallel if model is None else model
+        if wrapper is None or inner_module(wrapper) is not self.model:
+            raise TrainerError(
+                "compress_gradients: needs the DistributedDataParallel wrapper of this model; give it to attach."
+            )
+        compression = GradientCompression()
+        compression.register(wrapper)
+        self._compression = compression
+        if self.frozen:
+            compression.freeze(self._masking.kept())
+        return compression
+
+    def mask_copy(self, model: nn.Module) -> None:
+        """Set removed weights to zero in a copy of the trained model, such as a running average of its weights.
+
+        An ``AveragedModel`` still holds the past of a weight that was removed on the way, and so is not sparse until
+        it is masked: do it before the average is judged or saved. Averages under frozen masks then stay sparse.
+
+        Args:
+            model: An ``AveragedModel`` or a deep copy of the trained model.
+        Raises:
+            PolicyError: It is of another structure.
+        """
+        self._masking.mask_copy(self.model, model)
+
     def finalize(self) -> SessionReport:
         """Set removed weights to zero once more, take the hooks off, and return what the training came to."""
-        self._mask_weights()
+        self._masking.mask_weights()
         self.detach()
         self.method.closing()
-        weights = {
-            name: module.weight.detach()
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Conv2d | nn.Linear)
-        }
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        saved = None
-        if self._specs is not None:
-            density_steps = {name: self._kept_steps[name] / size for name, size in self._sizes.items()}
-            saved = training_macs_saved(self._specs, density_steps, self.steps, self.method.scoring_passes)
-        return SessionReport(
-            method=self.method.name,
-            steps=self.steps,
-            finished=self.method.finished(),
-            phases=tuple(self._phases),
-            sparsity=summarise(weights, choices_of(self._policy), parameters, self._specs),
-            training_macs_saved=saved,
-            scoring_passes=self.method.scoring_passes,
-        )
+        return make_report(self.method, self.model, choices_of(self._policy), self._specs, self._ledger, self.steps)
 
     def detach(self) -> None:
         """Take the hooks off; weights stay as they are. May be called twice."""
@@ -209,8 +220,7 @@ class Session:
             "epochs": self.clock.epochs,
             "steps": self.steps,
             "masks": self.masks,
-            "kept_steps": dict(self._kept_steps),
-            "phases": [(phase.name, phase.first_epoch, phase.steps) for phase in self._phases],
+            **self._ledger.state_dict(),
             "specs": None if self._specs is None else [asdict(spec) for spec in self._specs],
             "inner": self.method.state_dict(),
         }
@@ -230,7 +240,7 @@ class Session:
         for key, value in want.items():
             if state.get(key) != value:
                 raise TrainerError(f"session state has {key}={state.get(key)!r}, this session {value!r}; not its own.")
-        if set(state["kept_steps"]) != set(self._kept_steps):
+        if not self._ledger.covers(state):
             raise TrainerError("session state is of another policy: it prunes other layers than this session.")
         self.steps = int(state["steps"])
         if self._specs is None and state.get("specs") is not None:
@@ -242,48 +252,71 @@ class Session:
             mask = state["masks"].get(layer.name)
             if mask is not None:
                 layer.set_mask(mask.to(layer.parameter.device))
-        self._kept_steps = {name: int(value) for name, value in state["kept_steps"].items()}
-        self._phases = [Phase(str(name), int(first), int(steps)) for name, first, steps in state["phases"]]
-        self._count_kept()
+        self._ledger.load_state_dict(state)
+        self._masking.refresh()
+        self._ledger.keep(self._masking.count())
         if self._execution is not None:
             self._execution.stop()
-        self._start_sparse()
+        if self._compression is not None:
+            self._compression.freeze([])
+        self._settle()
 
     def _start_sparse(self) -> None:
         if self._execution is not None and self.frozen:
             specs = {spec.name: spec for spec in self._specs or ()}
             self._execution.start(self._layers, specs)
 
-    def _see_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._example is None and args and isinstance(args[0], Tensor):
-            self._example = args[0].detach()[:1].clone()
+    def _settle(self) -> None:
+        """Do what final masks allow; until they are final, nothing."""
+        self._settled = self.frozen
+        if self._settled:
+            self._start_sparse()
+            if self._compression is not None:
+                self._compression.freeze(self._masking.kept())
+
+    def _agree(self, tensors: Sequence[Tensor]) -> None:
+        if self._parallel is not None:
+            agree(tensors, self._parallel.process_group)
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _overflowed(optimizer):
+        self._skipped = _overflowed(optimizer)
+        if self._skipped:
             return
-        if self._example is not None:
-            example, self._example = self._example, None
-            self._look.remove()
+        if self._look is not None and self._look.example is not None:
+            example, self._look = self._look.example, None
+            self._look_handle.remove()
             # A model that takes more than its first argument trains on; only its MACs stay unknown.
             with contextlib.suppress(ModelError):
                 self._learn_shapes(example)
         scale = getattr(optimizer, "grad_scale", None)
         self.method.before_step(self.steps, 1.0 if scale is None else scale)
-        self._mask_gradients()
+        self._masking.mask_gradients()
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _overflowed(optimizer):
+        if self._skipped:
             return
-        self._count_step()
-        if self.method.after_step(self.steps):
-            self._count_kept()
-            self._reset_state = True
-            self._start_sparse()
-        self._mask_weights()
+        self._ledger.step(self.phase, self.epoch)
+        changed = self.method.after_step(self.steps)
+        if changed:
+            self._take_masks()
+        self._masking.mask_weights()
         if self._reset_state:
-            self._mask_optimizer()
+            self._masking.mask_state(self.optimizer)
             self._reset_state = False
         self.steps += 1
+        if changed or not self._settled:
+            self._settle()
+
+    def _take_masks(self) -> None:
+        masked = [(layer, layer.mask) for layer in self._layers if layer.mask is not None]
+        if self._parallel is not None:
+            # The replicas decide alike; on unlike devices a last bit may differ, and then the first one's holds.
+            self._agree([mask for _, mask in masked])
+            for layer, mask in masked:
+                layer.set_mask(mask)
+        self._masking.refresh()
+        self._ledger.keep(self._masking.count())
+        self._reset_state = True
 
     def _learn_shapes(self, example: Tensor) -> None:
         example = example.to(next(self.model.parameters()).device)
@@ -293,45 +326,7 @@ class Session:
                 self._policy.check_model(specs)
             self._specs = specs
         self.method.observe(example)
-
-    def _count_step(self) -> None:
-        for name, kept in self._kept.items():
-            self._kept_steps[name] += kept
-        name = self.phase
-        if self._phases and self._phases[-1].name == name:
-            last = self._phases[-1]
-            self._phases[-1] = Phase(name, last.first_epoch, last.steps + 1)
-        else:
-            self._phases.append(Phase(name, self.epoch, 1))
-
-    def _count_kept(self) -> None:
-        masked = [(layer.name, layer.mask) for layer in self._layers if layer.mask is not None]
-        if masked:
-            counts = torch.stack([mask.sum().cpu() for _, mask in masked]).tolist()
-            self._kept.update(zip((name for name, _ in masked), counts, strict=True))
-
-    @torch.no_grad()
-    def _mask_gradients(self) -> None:
-        masked = [pair for layer in self._layers if not layer.straight for pair in layer.factors()]
-        grads = [(parameter.grad, factor) for parameter, factor in masked if parameter.grad is not None]
-        if grads:
-            torch._foreach_mul_([grad for grad, _ in grads], [factor for _, factor in grads])
-
-    @torch.no_grad()
-    def _mask_weights(self) -> None:
-        masked = [pair for layer in self._layers for pair in layer.factors()]
-        if masked:
-            torch._foreach_mul_([parameter for parameter, _ in masked], [factor for _, factor in masked])
-
-    @torch.no_grad()
-    def _mask_optimizer(self) -> None:
-        for layer in self._layers:
-            if layer.straight:
-                continue
-            for parameter, factor in layer.factors():
-                for value in self.optimizer.state.get(parameter, {}).values():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        value.mul_(factor)
+        self._masking.refresh()
 
 
 def _overflowed(optimizer: Optimizer) -> bool:

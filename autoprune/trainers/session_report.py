@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from autoprune.sparsity.metrics import SparsityReport
+from torch import nn
+
+from autoprune.core.choices import Choice
+from autoprune.core.layers import LayerSpec
+from autoprune.sparsity.metrics import SparsityReport, summarise, training_macs_saved
+
+if TYPE_CHECKING:
+    from autoprune.trainers.ledger import Ledger
+    from autoprune.trainers.method import Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +50,41 @@ class SessionReport:
     sparsity: SparsityReport
     training_macs_saved: float | None
     scoring_passes: float = 0.0
+
+
+def make_report(
+    method: Method,
+    model: nn.Module,
+    choices: Mapping[str, Choice],
+    specs: Sequence[LayerSpec] | None,
+    ledger: Ledger,
+    steps: int,
+) -> SessionReport:
+    """Return the report of a training, counted on the weights as they are now.
+
+    Args:
+        method: That pruned.
+        model: Without wrappers, in its original shapes.
+        choices: Layer name → choice.
+        specs: As traced; None where the model could not be.
+        ledger: Counts of all steps.
+        steps: Taken by the optimizer.
+    """
+    weights = {
+        name: module.weight.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    saved = None
+    if specs is not None:
+        saved = training_macs_saved(specs, ledger.density_steps(), steps, method.scoring_passes)
+    return SessionReport(
+        method=method.name,
+        steps=steps,
+        finished=method.finished(),
+        phases=tuple(ledger.phases),
+        sparsity=summarise(weights, choices, parameters, specs),
+        training_macs_saved=saved,
+        scoring_passes=method.scoring_passes,
+    )
