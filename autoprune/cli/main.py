@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from autoprune.cli import bench, lut, report, search, train
+from autoprune.cli import bench, compare, lut, report, search, train
 from autoprune.core.errors import AutopruneError
 
 INTERRUPTED = 130
@@ -26,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("search")(search.search)
+app.command("compare")(compare.compare)
 app.command("train")(train.train)
 app.command("bench")(bench.bench)
 app.command("report")(report.report)
@@ -80,7 +81,7 @@ def _tell(error: BaseException, argv: Sequence[str]) -> int:
 def _interrupted(argv: Sequence[str]) -> int:
     command = next(iter(argv), "")
     next_step = "give the command again"
-    if command in ("search", "train") or "--resume" in argv:
+    if command in ("search", "compare", "train") or "--resume" in argv:
         next_step = "the same command resumes where it stopped"
     elif command == "lut":
         next_step = "the same command with --resume keeps the rows measured so far"
