@@ -7,6 +7,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from autoprune.search_spaces.preset import presets
+
 T = TypeVar("T")
 
 # The kernels' program serves at most 62 threads; torch's and scikit-learn's generators take 32-bit seeds.
@@ -16,7 +18,7 @@ _MOST_SEED = 2**32 - 1
 Model = Annotated[str, typer.Option(help="Network to prune, by name.")]
 Data = Annotated[str, typer.Option(help="Data set, by name.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the full data set.")]
-Space = Annotated[str, typer.Option(help="Search space: a preset's name or a YAML file.")]
+Space = Annotated[str, typer.Option(help=f"Search space: a YAML file or a preset: {', '.join(presets())}.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images per forward pass of the deployed network.")]
 Threads = Annotated[
     int, typer.Option(min=1, max=_MOST_THREADS, help="CPU threads of the deployed network.", metavar="INTEGER")
