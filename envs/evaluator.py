@@ -111,7 +111,8 @@ class Evaluator:
         width = max(1, BATCH // alone.size)
         for level, parts in enumerate(_ROUNDS):
             # Weights are made when they are needed: those of all choices at once are many.
-            left = sorted(pruned, key=lambda index: sums[index] / max(seen[index], 1))[: -(-len(pruned) // 2**level)]
+            means = sums / np.maximum(seen, 1)
+            left = sorted(pruned, key=lambda index: float(means[index]))[: -(-len(pruned) // 2**level)]
             for first in range(0, len(left), width):
                 group = left[first : first + width]
                 made = [self._alone_parameters(alone, choices[index]) for index in group]
