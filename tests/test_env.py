@@ -201,7 +201,8 @@ def test_a_layer_with_one_choice_is_walked_through() -> None:
     layers, choices = _LAYERS[:2], {"a": (Dense(),), "b": _CHOICES["b"]}
     costs = (np.array([20.0]), np.array(_COSTS[1]))
     constraint = Constraint("latency", costs, 40.0)
-    problem = Problem(layers, choices, [constraint], [np.zeros(1), np.zeros(4)], lambda a: Quality(0.1, 0.5, 0.0))
+    errors = [np.zeros(1), 30.0 - np.array(_COSTS[1])]
+    problem = Problem(layers, choices, [constraint], errors, lambda a: Quality(0.1, 0.5, 0.0))
     env = PruningEnv(problem)
     env.reset()
     assert env.step(action(0.1, 0.5))[4]["choice"] == 0

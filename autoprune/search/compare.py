@@ -26,6 +26,7 @@ from autoprune.envs.network import side_by_side
 from autoprune.envs.problem import Problem, Quality
 from autoprune.lut.device import check_device
 from autoprune.search.base import SEARCHERS
+from autoprune.search.closing import package_versions, table_facts
 from autoprune.search.config import FINALISTS, SearchConfig
 from autoprune.search.deploy import Deployer
 from autoprune.search.finals import kept_masks
@@ -132,7 +133,7 @@ def run_comparison(config: CompareConfig, progress: Progress, task: Task | None 
         finetuned=config.finetune,
         dense_accuracy=arena.dense_accuracy(),
         cells=sorted(cells, key=lambda cell: (list(problems).index(cell.budget), agents.index(cell.agent), cell.seed)),
-        context=arena.deployer.table.context.model_dump(),
+        context={**table_facts(arena.deployer.table), **package_versions()},
         run=config.name,
     )
     comparison.save(arena.run.comparison)

@@ -43,7 +43,8 @@ class DDPGSettings:
 
     Attributes:
         warm_up: Random episodes before the actor acts: this many, but at most ``warm_up_share`` of all.
-        spread: Standard deviation of a warm-up episode's actions around its own random centre.
+        spread: Standard deviation of a warm-up episode's actions around its own random centre; every other episode
+            draws every layer's action by itself.
         sigma, decay, floor: Noise max(floor, σ · decay^(episodes after warm-up)), in units of the action range. AMC's
             are .5, .95 and 0. Ours begin lower, as the warm-up has found the region, and fall more slowly, as the
             critic learns from what differs; the floor keeps a settled actor from repeating one and the same policy.
@@ -197,6 +198,8 @@ class AMCAgent(DDPG):
         layer = self.num_timesteps % len(self._pruning.problem.layers)
         if self._episode_num < len(self._rollouts):
             return self._pruning.action_of(layer, self._rollouts[self._episode_num][layer])[None].astype(np.float64)
+        if self._episode_num % 2:
+            return self.explore.random((1, 2))
         if layer == 0:
             self._centre = self.explore.random((1, 2))
         return truncated_normal(self._centre, self.settings.spread, self.explore)
