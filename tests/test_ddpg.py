@@ -15,7 +15,15 @@ from autoprune.core.choices import Choice, Dense, Fine
 from autoprune.core.errors import AutopruneError, UnknownName
 from autoprune.envs.problem import Assignment, Constraint, Problem, Quality
 from autoprune.envs.pruning_env import PruningEnv
-from autoprune.search.ddpg import AMCAgent, DDPGSearcher, DDPGSettings, own_rng, truncated_normal
+from autoprune.search.ddpg import (
+    AMCAgent,
+    DDPGSearcher,
+    DDPGSettings,
+    LayerCode,
+    own_rng,
+    paced,
+    truncated_normal,
+)
 from autoprune.search.knapsack import solve_problem
 from autoprune.search.random_search import RandomSearcher
 from autoprune.search.study import Study
@@ -84,7 +92,7 @@ def test_noise_shrinks_around_the_actor_once_it_acts() -> None:
     for episode in (0, 2, 3, 4, 13, 200):
         agent._episode_num = episode
         sigmas.append(agent.noise_sigma)
-    assert sigmas == pytest.approx([0.0, 0.0, 0.25, 0.245, 0.25 * 0.98**10, 0.1])
+    assert sigmas == pytest.approx([0.0, 0.0, 0.5, 0.475, 0.5 * 0.95**10, 0.1])
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.3, 1.0])
@@ -130,18 +138,23 @@ def test_short_searches_warm_up_for_a_quarter_and_hurry_the_actor(monkeypatch: p
     assert seen == [(1, 1e-3), (2, 1e-3), (25, pytest.approx(8e-4)), (100, 1e-4), (100, 1e-4)]
 
 
-def test_a_warm_up_episode_keeps_to_a_centre_of_its_own() -> None:
-    agent = agent_after(12, warm_up=100, layers=6)
-    actions: list[np.ndarray] = []
-    for step in range(6 * 200):
-        agent.num_timesteps, agent._episode_num = step, step // 6
-        actions.append(agent._warm_up_action()[0])
-    by_episode = np.array(actions).reshape(200, 6, 2)
-    assert by_episode.std(axis=1).mean() < 0.16
-    centres = by_episode.mean(axis=1)
-    assert centres.std() > 0.2
-    assert by_episode.min() >= 0.0
-    assert by_episode.max() <= 1.0
+def test_noise_falls_over_the_whole_search() -> None:
+    for acting, reached in ((38, 0.8), (75, 0.8), (300, 0.8)):
+        settings = paced(DDPGSettings(), 4 * acting // 3, acting)
+        assert 0.5 * settings.decay ** (reached * acting) == pytest.approx(0.1, abs=0.01)
+    assert paced(DDPGSettings(), 10, 8).decay == 0.95
+    assert paced(DDPGSettings(floor=0.0), 400, 300).decay == 0.95, "AMC's own noise"
+
+
+def test_networks_are_told_which_layer_it_is() -> None:
+    env = PruningEnv(make_problem(layers=4))
+    code = LayerCode(env.observation_space, 4)  # type: ignore[arg-type]
+    observation, _ = env.reset()
+    for layer in range(4):
+        found = code(torch.from_numpy(observation)[None])[0]
+        assert found[:-4].tolist() == observation.tolist()
+        assert found[-4:].tolist() == [float(index == layer) for index in range(4)]
+        observation = env.step(np.array([0.5, 0.5], dtype=np.float32))[0]
 
 
 def test_a_warm_start_replays_knapsack_solutions_first() -> None:

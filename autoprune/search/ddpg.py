@@ -5,9 +5,9 @@ around the actor's output that starts only after the warm-up, the executed actio
 episode's return for every transition (n-step with n = layers, γ = 1), and rewards standardised by the warm-up's.
 
 Source: He et al., AMC: AutoML for Model Compression (2018). We depart in the credit (AMC copies the terminal reward
-into every transition and bootstraps on top), in the decoder (see ``PruningEnv``), and in the warm-up: AMC draws every
-layer's action by itself, so that all its episodes keep about half of everything and say nothing about what most
-matters, how much to keep in all and by which scheme. Ours draws a centre for the episode and the layers around it.
+into every transition and bootstraps on top), in the decoder and its list of choices (see ``PruningEnv``), in the
+networks' first layer (see ``LayerCode``), and in the noise, which falls over the whole search instead of within 30
+episodes: what a critic learns from is how episodes differ.
 """
 
 from __future__ import annotations
@@ -43,11 +43,9 @@ class DDPGSettings:
 
     Attributes:
         warm_up: Random episodes before the actor acts: this many, but at most ``warm_up_share`` of all.
-        spread: Standard deviation of a warm-up episode's actions around its own random centre; every other episode
-            draws every layer's action by itself.
-        sigma, decay, floor: Noise max(floor, σ · decay^(episodes after warm-up)), in units of the action range. AMC's
-            are .5, .95 and 0. Ours begin lower, as the warm-up has found the region, and fall more slowly, as the
-            critic learns from what differs; the floor keeps a settled actor from repeating one and the same policy.
+        sigma, decay, floor: Noise max(floor, σ · decay^(episodes after warm-up)), in units of the action range. In a
+            long search it decays more slowly, so that the floor is not reached before four fifths of the episodes.
+            AMC's floor is 0; ours keeps a settled actor from spending its episodes on one and the same policy.
         actor_rate, critic_rate: Adam's learning rates. A search of fewer than ``episodes`` evaluations has too few
             updates for the actor to arrive anywhere at AMC's rate: it is raised by (episodes / evaluations)^1.5, at
             most tenfold.
@@ -63,9 +61,8 @@ class DDPGSettings:
 
     warm_up: int = 100
     warm_up_share: float = 0.25
-    spread: float = 0.15
-    sigma: float = 0.25
-    decay: float = 0.98
+    sigma: float = 0.5
+    decay: float = 0.95
     floor: float = 0.1
     actor_rate: float = 1e-4
     critic_rate: float = 1e-3
@@ -80,7 +77,7 @@ class DDPGSettings:
     def __post_init__(self) -> None:
         if self.reward not in REWARDS:
             raise unknown_name("reward", self.reward, REWARDS)
-        for name in ("actor_rate", "critic_rate", "sigma", "spread", "decay", "warm_up", "batch", "width", "episodes"):
+        for name in ("actor_rate", "critic_rate", "sigma", "decay", "warm_up", "batch", "width", "episodes"):
             if not getattr(self, name) > 0:
                 raise AutopruneError(f"ddpg setting {name}={getattr(self, name)!r}: must be above 0.")
         for name in ("floor", "critic_start", "warm_start"):
@@ -106,7 +103,6 @@ class AMCAgent(DDPG):
         self.settings = settings
         self.warm_up = warm_up
         self._pruning = env
-        self._centre = np.zeros((1, 2))
         self._rollouts = _knapsack_rollouts(env.problem, settings.warm_start, np.random.default_rng([seed, 2]))
         self.explore = np.random.default_rng([seed, 1])
         self.reward_mean, self.reward_spread = 0.0, 1.0
@@ -194,15 +190,11 @@ class AMCAgent(DDPG):
         return executable, self.policy.scale_action(executable)
 
     def _warm_up_action(self) -> npt.NDArray[np.float64]:
-        """Return the next action of a knapsack rollout, or one around the episode's random centre."""
-        layer = self.num_timesteps % len(self._pruning.problem.layers)
-        if self._episode_num < len(self._rollouts):
-            return self._pruning.action_of(layer, self._rollouts[self._episode_num][layer])[None].astype(np.float64)
-        if self._episode_num % 2:
+        """Return the next action of a knapsack rollout, or a uniformly random one."""
+        if self._episode_num >= len(self._rollouts):
             return self.explore.random((1, 2))
-        if layer == 0:
-            self._centre = self.explore.random((1, 2))
-        return truncated_normal(self._centre, self.settings.spread, self.explore)
+        layer = self.num_timesteps % len(self._pruning.problem.layers)
+        return self._pruning.action_of(layer, self._rollouts[self._episode_num][layer])[None].astype(np.float64)
 
     def _store_transition(
         self,
@@ -218,6 +210,19 @@ class AMCAgent(DDPG):
         super()._store_transition(
             replay_buffer, self.policy.scale_action(executed), new_obs, reward, dones, infos
         )
+
+
+def paced(settings: DDPGSettings, evaluations: int, acting: int) -> DDPGSettings:
+    """Return settings for a search of this length: the actor's rate and the noise's decay; see ``DDPGSettings``.
+
+    Args:
+        settings: AMC's pace.
+        evaluations: Granted in all.
+        acting: Those in which the actor acts.
+    """
+    hurry = min(10.0, max(1.0, (settings.episodes / evaluations) ** 1.5))
+    slowest = min(1.0, settings.floor / settings.sigma) ** (1.0 / max(1.0, 0.8 * acting))
+    return replace(settings, actor_rate=hurry * settings.actor_rate, decay=max(settings.decay, slowest))
 
 
 class LayerCode(BaseFeaturesExtractor):
@@ -295,8 +300,7 @@ class DDPGSearcher(Searcher):
         fresh = max(1, account.evaluations - self.settings.warm_start)
         warm_up = max(1, min(self.settings.warm_up, round(self.settings.warm_up_share * fresh)))
         episodes = 2 * account.evaluations
-        hurry = min(10.0, max(1.0, (self.settings.episodes / account.evaluations) ** 1.5))
-        settings = replace(self.settings, actor_rate=hurry * self.settings.actor_rate)
+        settings = paced(self.settings, account.evaluations, fresh - warm_up)
         env = PruningEnv(account.problem, settings.reward, score)
         with own_rng():
             agent = AMCAgent(env, settings, warm_up, episodes, seed)
