@@ -17,11 +17,16 @@ from torch import Tensor
 
 from autoprune.core.choices import Choice, Dense
 from autoprune.core.layers import LayerSpec
-from autoprune.envs.database import LayerDatabase, Moments
-from autoprune.envs.network import StitchedNetwork, side_by_side
-from autoprune.envs.prefix import PrefixCache
+from autoprune.envs.database import LayerDatabase
+from autoprune.envs.network import BATCH, StitchedNetwork, layer_of, side_by_side
+from autoprune.envs.prefix import Parameters, PrefixCache
 from autoprune.envs.problem import Quality
+from autoprune.envs.store import Moments
 from autoprune.tasks.metrics import top1
+
+# Parts of the images that single-layer errors are measured on, and those that each round of halving uses.
+_PARTS = 4
+_ROUNDS = ((0,), (1,), (2, 3))
 
 
 class Evaluator:
@@ -59,13 +64,18 @@ class Evaluator:
         options: Mapping[LayerSpec, Sequence[Choice]],
         count: int,
         advance: Callable[[], None] = lambda: None,
+        done: Callable[[str, np.ndarray], None] = lambda layer, errors: None,
     ) -> tuple[np.ndarray, ...]:
         """Return for each layer the error of each choice when only that layer is changed.
+
+        Successive halving: a quarter of the images for all choices of a layer, another for the better half, the rest
+        for the best quarter. A large error shows on every image, a small one on the few that are nearly undecided.
 
         Args:
             options: Choices of each searched layer; dense has error 0.
             count: Images to use of the evaluation images, from the first on.
             advance: Called once for every layer done.
+            done: Told each layer's name and errors as soon as they are known, by any thread.
         """
         self._network.load({})
         self._network.fold()
@@ -76,10 +86,11 @@ class Evaluator:
 
         def work(part: list[LayerSpec], network: StitchedNetwork, cache: PrefixCache) -> None:
             for layer in part:
-                alone = _Alone(network, cache, layer.name, self._database.moments[layer.name], dense_logits)
-                found[layer.name] = np.array([self._single_error(alone, choice) for choice in options[layer]])
-                network.load({})
-                network.fold(layer.name)
+                own = self._database.moments[layer.name]
+                moments = Moments(own.mean_D.to(network.device), own.second_DD.to(network.device))
+                alone = _Alone(network, cache, layer.name, moments, dense_logits)
+                found[layer.name] = self._single_errors(alone, options[layer])
+                done(layer.name, found[layer.name])
                 advance()
 
         workers = torch.get_num_threads()
@@ -87,24 +98,52 @@ class Evaluator:
         networks = [copy.deepcopy(self._network) for _ in parts]
         # torch.fx patches every module's call while it traces: no thread may run a network meanwhile.
         caches = [
-            PrefixCache(network.folded, images, [layer.name for layer in part])
+            PrefixCache(network.folded, images, [layer.name for layer in part], max(1, len(images) // _PARTS))
             for part, network in zip(parts, networks, strict=True)
         ]
         with side_by_side() as pool:
             list(pool.map(work, parts, networks, caches))
         return tuple(found[layer.name] for layer in layers)
 
-    def _single_error(self, alone: _Alone, choice: Choice) -> float:
-        if isinstance(choice, Dense):
-            return 0.0
-        network, layer = alone.network, alone.layer
-        weight = self._database.weight(layer, choice)
-        network.load({layer: weight})
-        norm = network.norm_statistics(layer)
-        if norm is not None:
-            network.set_norm(layer, *shifted_statistics(norm, network.dense_weight(layer), weight, alone.moments))
-        network.fold(layer)
-        return divergence(alone.dense_logits, alone.cache.logits(layer))
+    def _single_errors(self, alone: _Alone, choices: Sequence[Choice]) -> np.ndarray:
+        pruned = [index for index, choice in enumerate(choices) if not isinstance(choice, Dense)]
+        sums, seen = np.zeros(len(choices)), np.zeros(len(choices))
+        width = max(1, BATCH // alone.size)
+        for level, parts in enumerate(_ROUNDS):
+            # Weights are made when they are needed: those of all choices at once are many.
+            means = sums / np.maximum(seen, 1)
+            left = sorted(pruned, key=lambda index: float(means[index]))[: -(-len(pruned) // 2**level)]
+            for first in range(0, len(left), width):
+                group = left[first : first + width]
+                made = [self._alone_parameters(alone, choices[index]) for index in group]
+                for part in (part for part in parts if part < alone.cache.parts):
+                    images = alone.dense_logits[part * alone.size : (part + 1) * alone.size]
+                    for index, logits in zip(group, self._logits_alone(alone, made, part), strict=True):
+                        sums[index] += len(images) * divergence(images, logits)
+                        seen[index] += len(images)
+        return sums / np.maximum(seen, 1)
+
+    def _alone_parameters(self, alone: _Alone, choice: Choice) -> Parameters:
+        weight = self._database.weight(alone.layer, choice).to(alone.network.device)
+        norm = alone.network.norm_statistics(alone.layer)
+        dense = alone.network.dense_weight(alone.layer)
+        shifted = None if norm is None else shifted_statistics(norm, dense, weight, alone.moments)
+        return alone.network.changed(alone.layer, weight, shifted)
+
+    @staticmethod
+    def _logits_alone(alone: _Alone, made: Sequence[Parameters], part: int) -> list[Tensor]:
+        found = alone.cache.branches(alone.layer, part, made)
+        if found is not None:
+            return found
+        module = layer_of(alone.network.folded, alone.layer)
+        found = []
+        for weight, bias in made:
+            module.weight.copy_(weight)
+            if module.bias is not None:
+                module.bias.copy_(bias)
+            found.append(alone.cache.logits(alone.layer)[part * alone.size : (part + 1) * alone.size])
+        alone.network.fold(alone.layer)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +155,11 @@ class _Alone:
     layer: str
     moments: Moments
     dense_logits: Tensor
+
+    @property
+    def size(self) -> int:
+        """Images in a part of the cache."""
+        return max(1, len(self.dense_logits) // _PARTS)
 
 
 def shifted_statistics(
@@ -142,4 +186,5 @@ def _output_statistics(weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor
 def divergence(dense_logits: Tensor, logits: Tensor) -> float:
     """Return the mean KL divergence in nats from ``softmax(dense_logits)`` to ``softmax(logits)``, (N, classes)."""
     target = torch.log_softmax(dense_logits.double(), 1)
-    return float((target.exp() * (target - torch.log_softmax(logits.double(), 1))).sum(1).mean())
+    found = torch.log_softmax(logits.to(target.device).double(), 1)
+    return float((target.exp() * (target - found)).sum(1).mean())

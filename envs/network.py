@@ -26,18 +26,22 @@ class StitchedNetwork:
     Args:
         model: Dense network; left as it is.
         calibration: Normalised images ``(N, C, H, W)`` float32 for BatchNorm statistics.
+
+    Both copies live on the model's device; logits come back to the CPU.
     """
 
     def __init__(self, model: nn.Module, calibration: Tensor) -> None:
-        self._calibration = calibration
-        self._native = native_dtype()
+        self.device = next(model.parameters()).device
+        self._calibration = calibration.to(self.device)
+        self._native = native_dtype(self.device.type)
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._norms = norm_of_each_conv(self.model, calibration[:1])
+        self._norms = norm_of_each_conv(self.model, self._calibration[:1])
         self.folded = copy.deepcopy(self.model)
         for conv, norm in self._norms.items():
             module = layer_of(self.folded, conv)
             if module.bias is None:
-                module.bias = nn.Parameter(torch.zeros(len(module.weight)), requires_grad=False)
+                zeros = torch.zeros(len(module.weight), device=self.device)
+                module.bias = nn.Parameter(zeros, requires_grad=False)
             parent, _, child = norm.rpartition(".")
             setattr(self.folded.get_submodule(parent), child, nn.Identity())
         self.folded.to(self._native)
@@ -73,12 +77,28 @@ class StitchedNetwork:
 
     def _folded_parameters(self, name: str) -> tuple[Tensor, Tensor]:
         source = layer_of(self.model, name)
-        bias = torch.zeros(len(source.weight)) if source.bias is None else source.bias
+        bias = torch.zeros(len(source.weight), device=self.device) if source.bias is None else source.bias
         if name not in self._norms:
             return source.weight, bias
         norm = self.model.get_submodule(self._norms[name])
         assert isinstance(norm, nn.BatchNorm2d)
-        return folded(source.weight, bias, norm)
+        return folded(source.weight, bias, norm, _running(norm))
+
+    def changed(self, name: str, weight: Tensor, statistics: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Return what the folded copy would hold for one layer under another weight, in its precision.
+
+        Args:
+            name: Of the layer; neither copy is touched.
+            weight: Float32, in the layer's shape.
+            statistics: Mean and variance (K,) of the BatchNorm behind it, None without one.
+        """
+        own = layer_of(self.model, name).bias
+        bias = torch.zeros(len(weight), device=weight.device) if own is None else own
+        if statistics is not None:
+            norm = self.model.get_submodule(self._norms[name])
+            assert isinstance(norm, nn.BatchNorm2d)
+            weight, bias = folded(weight, bias, norm, statistics)
+        return weight.to(self._native, memory_format=_format_of(weight)), bias.to(self._native)
 
     def set_norm(self, layer: str, mean: Tensor, variance: Tensor) -> None:
         """Set the statistics of the BatchNorm behind one convolution (K values each), if it has one."""
@@ -96,24 +116,25 @@ class StitchedNetwork:
         def run(part: Tensor) -> Tensor:
             with torch.inference_mode():
                 out: Tensor = self.folded(part).float()
-            return out
+            return out.cpu()
 
         with side_by_side() as pool:
             return torch.cat(list(pool.map(run, torch.split(self.to_native(images), BATCH))))
 
     def to_native(self, images: Tensor) -> Tensor:
         """Return the images as the folded network wants them."""
-        return images.to(self._native, memory_format=torch.channels_last)
+        return images.to(self.device, self._native, memory_format=torch.channels_last)
 
 
-def folded(weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return the convolution's weight and bias with an eval-mode BatchNorm folded in."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+def folded(
+    weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, statistics: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the convolution's weight and bias with an eval-mode BatchNorm of this mean and variance folded in."""
+    mean, variance = statistics
+    scale = torch.rsqrt(variance.double() + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
+    shift = -mean.double() * scale
     if norm.bias is not None:
         shift = shift + norm.bias.double()
     new_weight = weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1))
@@ -123,13 +144,15 @@ def folded(weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, 
 def recalibrate(model: nn.Module, images: Tensor, precision: torch.dtype = torch.float32, batch: int = BATCH) -> None:
     """Set every BatchNorm's statistics to the mean over batches of ``images``; all else stays as it is."""
 
+    half = precision == torch.bfloat16
+
     def measure(part: Tensor) -> list[tuple[Tensor, Tensor]]:
         own = copy.deepcopy(model).eval()
         norms = _norms(own)
         for norm in norms:
             norm.momentum = 1.0  # the last batch alone
             norm.train()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        with torch.no_grad(), torch.autocast(part.device.type, torch.bfloat16, enabled=half):
             own(part)
         return [_running(norm) for norm in norms]
 
@@ -218,6 +241,10 @@ def _statistics(model: nn.Module, norm: str) -> tuple[Tensor, Tensor]:
     module = model.get_submodule(norm)
     assert isinstance(module, nn.BatchNorm2d)
     return _running(module)
+
+
+def _format_of(weight: Tensor) -> torch.memory_format:
+    return torch.channels_last if weight.dim() == 4 else torch.contiguous_format
 
 
 def _weighted(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:

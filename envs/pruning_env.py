@@ -19,9 +19,10 @@ from gymnasium import spaces
 from autoprune.core.errors import AutopruneError
 from autoprune.core.registry import unknown_name
 from autoprune.envs.problem import Assignment, FloatArray, Problem, Quality, scheme
+from autoprune.envs.reach import useful_rows
 
-Reward: TypeAlias = Literal["kl", "log_kl", "error", "accuracy"]
-REWARDS: tuple[Reward, ...] = ("kl", "log_kl", "error", "accuracy")
+Reward: TypeAlias = Literal["kl", "log_kl", "error", "error-log-cost", "accuracy"]
+REWARDS: tuple[Reward, ...] = ("kl", "log_kl", "error", "error-log-cost", "accuracy")
 
 FEATURES = (
     "t", "n", "c", "h", "w", "stride", "k", "cost", "reduced", "rest", "action",
@@ -59,19 +60,24 @@ class PruningEnv(gymnasium.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]
     part of the budget left if every layer from here on takes its cheapest choice (the least over all constraints).
     Cost is the first constraint's. After the last layer the static features are 0.
 
-    Action, (2,) in [0, 1]: the fraction of the layer's dense cost to keep, and the scheme as a place on the layer's
-    list of schemes. Executed is the dearest choice of that scheme (dense counts to every scheme) within the fraction,
-    among those from which the budget can still be met; if none, the scheme's cheapest, then any scheme's.
+    Action, (2,) in [0, 1]: the fraction of the layer's dense cost to keep, and the scheme (pattern count and all that
+    sets two choices of one density apart) as a place on the layer's list of schemes. Executed is the dearest choice of
+    that scheme (dense counts to every scheme) within the fraction, among those from which the budget can still be met;
+    if none, the scheme's cheapest, then any scheme's. With ``useful`` choices that another one undercuts in cost and
+    single-layer error are not on the list: AMC's ratio has one way to prune a layer, and of several ways to spend
+    the same time only the best is worth learning about.
     ``info["executed"]`` holds the action that names what was executed: store it, not the raw one.
 
     Reward: 0 before the last layer, then by ``reward``: ``kl`` −error in nats (not below −20); ``log_kl`` −ln(error
-    + 0.001), the same order with small errors spread apart; ``error`` accuracy − 1; ``accuracy`` accuracy. Returns
-    are undiscounted: use γ = 1.
+    + 0.001), the same order with small errors spread apart; ``error`` accuracy − 1; ``accuracy`` accuracy;
+    ``error-log-cost`` (accuracy − 1) · ln(1 + cost), AMC's accuracy-guaranteed reward, with the policy's first cost.
+    Returns are undiscounted: use γ = 1.
 
     Args:
         problem: What is searched.
         reward: Scale of the terminal reward.
         evaluate: Scores the finished assignment; the problem's own by default.
+        useful: Leave out what another choice of the layer undercuts.
     Raises:
         UnknownName: No such reward.
     """
@@ -83,6 +89,8 @@ class PruningEnv(gymnasium.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]
         problem: Problem,
         reward: Reward = "kl",
         evaluate: Callable[[Assignment], Quality] | None = None,
+        *,
+        useful: bool = True,
     ) -> None:
         if reward not in REWARDS:
             raise unknown_name("reward", reward, REWARDS)
@@ -95,7 +103,12 @@ class PruningEnv(gymnasium.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]
         self._dense_L = np.array([costs_CD[0, 0] for costs_CD in problem.costs_LCD])
         self._least_L = problem.cheapest()
         self._suffix_DL = [problem.cheapest_suffix(index) for index in range(len(problem.constraints))]
-        self._schemes = [sorted({scheme(choice) for choice in choices[1:]}) or ["dense"] for choices in problem.choices]
+        rows = [row.tolist() for row in useful_rows(problem.errors_LC, problem.costs_LCD)]
+        self._rows = [set(row) for row in (rows if useful else map(range, problem.sizes))]
+        self._schemes = [
+            sorted({scheme(choices[index]) for index in row if index > 0}) or ["dense"]
+            for choices, row in zip(problem.choices, self._rows, strict=True)
+        ]
         self._prefix: list[int] = []
         self._kept = 0.0
 
@@ -126,24 +139,29 @@ class PruningEnv(gymnasium.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]
         assignment = tuple(self._prefix)
         quality = self._score(assignment)
         info |= {"assignment": assignment, "quality": quality}
-        return self._observation(), self._reward(quality), True, False, info
+        return self._observation(), self._reward(assignment, quality), True, False, info
 
     def decode(self, prefix: Assignment, action: npt.NDArray[np.float32]) -> tuple[int, npt.NDArray[np.float32]]:
         """Return the choice index that the action means after ``prefix``, and the action that names it exactly."""
         layer = len(prefix)
         keep, place = (min(max(float(value), 0.0), 1.0) for value in action)
-        names, choices = self._schemes[layer], self.problem.choices[layer]
+        names = self._schemes[layer]
         wanted = min(int(place * len(names)), len(names) - 1)
         allowed = self.problem.allowed(prefix)
-        cost = keep * self._dense_L[layer]
-        choice = self._pick(layer, names[wanted], cost, allowed)
+        # Several constraints, or coupled layers, may leave only what is not useful by itself.
+        allowed = [index for index in allowed if index in self._rows[layer]] or allowed
+        choice = self._pick(layer, names[wanted], keep * self._dense_L[layer], allowed)
+        return choice, self.action_of(layer, choice, place)
+
+    def action_of(self, layer: int, choice: int, place: float = 0.5) -> npt.NDArray[np.float32]:
+        """Return the action that names a choice exactly; ``place`` is kept for dense, which belongs to every scheme."""
         if choice == 0:
-            executed = np.array([1.0, place], dtype=np.float32)
-        else:
-            kept = self.problem.costs_LCD[layer][choice, 0] / max(self._dense_L[layer], 1e-12)
-            centre = (names.index(scheme(choices[choice])) + 0.5) / len(names)
-            executed = np.array([min(kept, 1.0), centre], dtype=np.float32)
-        return choice, executed
+            return np.array([1.0, place], dtype=np.float32)
+        names = self._schemes[layer]
+        name = scheme(self.problem.choices[layer][choice])
+        kept = self.problem.costs_LCD[layer][choice, 0] / max(self._dense_L[layer], 1e-12)
+        centre = (names.index(name) + 0.5) / len(names) if name in names else place
+        return np.array([min(kept, 1.0), centre], dtype=np.float32)
 
     def _pick(self, layer: int, name: str, cost: float, allowed: list[int]) -> int:
         choices, costs_C = self.problem.choices[layer], self.problem.costs_LCD[layer][:, 0]
@@ -155,12 +173,14 @@ class PruningEnv(gymnasium.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]
             return min(sparse, key=lambda index: (costs_C[index], index))
         return self.problem.nearest_below(layer, cost, allowed)
 
-    def _reward(self, quality: Quality) -> float:
+    def _reward(self, assignment: Assignment, quality: Quality) -> float:
         error = min(quality.error, _WORST_ERROR)
         values = {
             "kl": -error,
             "log_kl": -float(np.log(max(error, 0.0) + 1e-3)),
             "error": quality.accuracy - 1.0,
+            # 1 + cost: the logarithm of a cost below its unit would turn the reward's sign.
+            "error-log-cost": (quality.accuracy - 1.0) * float(np.log1p(self.problem.costs(assignment)[0])),
             "accuracy": quality.accuracy,
         }
         return float(values[self.reward_kind])

@@ -62,3 +62,27 @@ def _thin(points_PD: npt.NDArray[np.float64], limits_D: npt.NDArray[np.float64])
     keep = (points_PD / limits_D @ weights_WD.T).argmin(axis=0)
     spread = np.linspace(0, len(points_PD) - 1, _FRONT // 2).astype(np.int64)
     return np.asarray(points_PD[np.unique(np.concatenate([keep, spread]))])
+
+
+def useful_rows(
+    errors_LC: Sequence[npt.NDArray[np.float64]], costs_LCD: Sequence[npt.NDArray[np.float64]]
+) -> list[npt.NDArray[np.int64]]:
+    """Return per layer the choices that no other undercuts in error and every cost at once, by rising first cost.
+
+    A policy made of the others can be bettered layer by layer, as far as single-layer errors tell; and where a choice
+    is left out, one that costs no more in anything stays, so that whatever could be reached still can.
+
+    Args:
+        errors_LC: Per layer (C,); non-finite ones count as very large.
+        costs_LCD: Per layer (C, D).
+    """
+    kept = []
+    for error_C, costs_CD in zip(errors_LC, costs_LCD, strict=True):
+        points = np.concatenate([costs_CD, np.where(np.isfinite(error_C), error_C, 1e9)[:, None]], axis=1)
+        not_above_CC = (points[:, None, :] <= points[None, :, :]).all(axis=2)
+        below_CC = (points[:, None, :] < points[None, :, :]).any(axis=2) & not_above_CC
+        # Of exact twins only the first stays.
+        twin_CC = np.triu((points[:, None, :] == points[None, :, :]).all(axis=2), k=1)
+        keep = np.flatnonzero(~(below_CC | twin_CC).any(axis=0))
+        kept.append(keep[np.argsort(costs_CD[keep, 0], kind="stable")])
+    return kept

@@ -12,7 +12,6 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -23,6 +22,9 @@ from autoprune.core.choices import CHOICE_KINDS, Choice, Dense
 from autoprune.core.errors import ChoiceError, SpaceError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.registry import unknown_name
+from autoprune.search_spaces.preset import preset_text, presets
+
+__all__ = ["Match", "Rule", "SearchSpace", "SpaceFile", "fingerprint", "load_space", "ordered", "presets"]
 
 
 def _pair(value: object) -> object:
@@ -228,12 +230,6 @@ def ordered(layer: LayerSpec, choices: Iterable[Choice]) -> list[Choice]:
     return [Dense(), *sorted(sparse, key=lambda choice: (-choice.density(layer), choice.text))]
 
 
-def presets() -> list[str]:
-    """Return the names of the search spaces that come with the package."""
-    folder = resources.files("autoprune.search_spaces") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
 def load_space(source: str | Path, layers: Iterable[LayerSpec]) -> SearchSpace:
     """Return the space that a preset or a YAML file spans over the layers.
 
@@ -265,7 +261,7 @@ def _read(source: str | Path) -> tuple[str, str]:
             raise SpaceError(f"search space {name}: cannot be read ({reason}).") from None
     if name not in presets():
         raise unknown_name("search space", name, presets())
-    return (resources.files("autoprune.search_spaces") / "presets" / f"{name}.yaml").read_text("utf-8"), name
+    return preset_text(name), name
 
 
 def _parse(text: str, where: str) -> SpaceFile:

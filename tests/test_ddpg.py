@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +12,19 @@ import torch
 from synthetic import layer_specs, make_problem
 
 from autoprune.core.choices import Choice, Dense, Fine
+from autoprune.core.errors import AutopruneError, UnknownName
 from autoprune.envs.problem import Assignment, Constraint, Problem, Quality
 from autoprune.envs.pruning_env import PruningEnv
-from autoprune.search.ddpg import AMCAgent, DDPGSearcher, DDPGSettings, own_rng, truncated_normal
+from autoprune.search.ddpg import (
+    AMCAgent,
+    DDPGSearcher,
+    DDPGSettings,
+    LayerCode,
+    own_rng,
+    paced,
+    truncated_normal,
+)
+from autoprune.search.knapsack import solve_problem
 from autoprune.search.random_search import RandomSearcher
 from autoprune.search.study import Study
 
@@ -74,7 +86,7 @@ def test_rewards_are_standardised_by_the_warm_up() -> None:
     assert np.isfinite(raw).all()
 
 
-def test_noise_is_uniform_first_then_shrinks_around_the_actor() -> None:
+def test_noise_shrinks_around_the_actor_once_it_acts() -> None:
     agent = agent_after(4, warm_up=3)
     sigmas = []
     for episode in (0, 2, 3, 4, 13, 200):
@@ -124,6 +136,79 @@ def test_short_searches_warm_up_for_a_quarter_and_hurry_the_actor(monkeypatch: p
     for evaluations in (1, 8, 100, 400, 1000):
         DDPGSearcher().search(problem, Study(problem), evaluations)
     assert seen == [(1, 1e-3), (2, 1e-3), (25, pytest.approx(8e-4)), (100, 1e-4), (100, 1e-4)]
+
+
+def test_noise_falls_over_the_whole_search() -> None:
+    for acting, reached in ((38, 0.8), (75, 0.8), (300, 0.8)):
+        settings = paced(DDPGSettings(), 4 * acting // 3, acting)
+        assert 0.5 * settings.decay ** (reached * acting) == pytest.approx(0.1, abs=0.01)
+    assert paced(DDPGSettings(), 10, 8).decay == 0.95
+    assert paced(DDPGSettings(floor=0.0), 400, 300).decay == 0.95, "AMC's own noise"
+
+
+def test_networks_are_told_which_layer_it_is() -> None:
+    env = PruningEnv(make_problem(layers=4))
+    code = LayerCode(env.observation_space, 4)  # type: ignore[arg-type]
+    observation, _ = env.reset()
+    for layer in range(4):
+        found = code(torch.from_numpy(observation)[None])[0]
+        assert found[:-4].tolist() == observation.tolist()
+        assert found[-4:].tolist() == [float(index == layer) for index in range(4)]
+        observation = env.step(np.array([0.5, 0.5], dtype=np.float32))[0]
+
+
+def test_a_warm_start_replays_knapsack_solutions_first() -> None:
+    problem = make_problem(layers=5)
+    study = Study(problem)
+    DDPGSearcher(DDPGSettings(warm_start=3)).search(problem, study, 8, seed=1)
+    assert study.trials[0].assignment == solve_problem(problem)
+    exact = study.trials[0].quality.error
+    scratch = Study(make_problem(layers=5))
+    DDPGSearcher().search(scratch.problem, scratch, 8, seed=1)
+    assert scratch.trials[0].assignment != study.trials[0].assignment
+    assert min(trial.quality.error for trial in study.trials) <= exact
+
+
+@pytest.mark.parametrize("settings", [{}, {"warm_start": 3}, {"reward": "error-log-cost"}])
+@pytest.mark.parametrize("killed_after", [1, 4, 9])
+def test_killed_after_k_evaluations_and_resumed_is_bit_identical(
+    settings: dict[str, Any], killed_after: int, tmp_path: Path
+) -> None:
+    searcher = DDPGSearcher(DDPGSettings(**settings))
+    whole = Study(make_problem(layers=4))
+    searcher.search(whole.problem, whole, 12, seed=2)
+    problem = make_problem(layers=4)
+    score, left = problem._evaluate, [killed_after]
+
+    def killing(assignment: Assignment) -> Quality:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        torch.rand(3)
+        return score(assignment)
+
+    problem._evaluate = killing
+    first = Study(problem, tmp_path / "study.db")
+    with pytest.raises(KeyboardInterrupt):
+        searcher.search(problem, first, 12, seed=2)
+    first.close()
+    again = Study(make_problem(layers=4), tmp_path / "study.db")
+    assert len(again.trials) == killed_after
+    searcher.search(again.problem, again, 12, seed=2)
+    assert [(t.assignment, t.quality.error) for t in again.trials] == [
+        (t.assignment, t.quality.error) for t in whole.trials
+    ]
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"actor_rate": 0.0}, {"floor": -0.1}, {"decay": 1.5}, {"warm_up_share": 0.0}, {"warm_start": -1}]
+)
+def test_settings_out_of_range_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(AutopruneError, match=next(iter(wrong))):
+        DDPGSettings(**wrong)
+    with pytest.raises(UnknownName, match="Did you mean 'error'"):
+        DDPGSettings(reward="eror")  # type: ignore[arg-type]
 
 
 def contrast(layers: int) -> Problem:

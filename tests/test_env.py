@@ -35,7 +35,8 @@ _COSTS = ([20.0, 10.0], [30.0, 18.0, 24.0, 12.0], [50.0, 30.0, 20.0, 15.0])
 
 def small(limit: float = 60.0) -> Problem:
     costs = tuple(np.array(row) for row in _COSTS)
-    errors = [np.linspace(0.0, 0.3, len(row)) for row in _COSTS]
+    # Rising as costs fall: no choice undercuts another.
+    errors = [0.3 * (1.0 - np.array(row) / row[0]) for row in _COSTS]
 
     def evaluate(assignment: tuple[int, ...]) -> Quality:
         return Quality(0.1 * sum(assignment), 0.9 - 0.05 * sum(assignment), 0.0)
@@ -97,6 +98,20 @@ def test_action_names_density_and_scheme() -> None:
     assert env.decode((1,), action(1.0, 0.9))[0] == 0
 
 
+def test_what_another_choice_undercuts_is_not_on_the_list() -> None:
+    problem = make_problem(layers=4)
+    env, everything = PruningEnv(problem), PruningEnv(problem, useful=False)
+    rng = np.random.default_rng(0)
+    seen: tuple[set[int], set[int]] = (set(), set())
+    for one in rng.random((400, 2)):
+        for found, each in zip(seen, (env, everything), strict=True):
+            found.add(each.decode((), one.astype(np.float32))[0])
+    errors, costs = problem.errors_LC[0], problem.costs_LCD[0][:, 0]
+    for index in seen[0]:
+        assert not ((errors < errors[index]) & (costs <= costs[index])).any()
+    assert len(seen[1]) > len(seen[0])
+
+
 def test_a_scheme_that_cannot_go_as_low_takes_its_cheapest() -> None:
     env = PruningEnv(small())
     assert env.decode((1,), action(0.0, 0.9))[0] == 2
@@ -114,7 +129,10 @@ def test_the_budget_overrides_the_action() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "value"),
-    [("kl", -0.7), ("log_kl", -np.log(0.701)), ("error", -0.45), ("accuracy", 0.55)],
+    [
+        ("kl", -0.7), ("log_kl", -np.log(0.701)), ("error", -0.45), ("accuracy", 0.55),
+        ("error-log-cost", -0.45 * np.log(1 + 10 + 12 + 15)),
+    ],
 )
 def test_the_reward_is_terminal_and_scaled_as_documented(kind: str, value: float) -> None:
     env = PruningEnv(small(), reward=kind)  # type: ignore[arg-type]
@@ -183,7 +201,8 @@ def test_a_layer_with_one_choice_is_walked_through() -> None:
     layers, choices = _LAYERS[:2], {"a": (Dense(),), "b": _CHOICES["b"]}
     costs = (np.array([20.0]), np.array(_COSTS[1]))
     constraint = Constraint("latency", costs, 40.0)
-    problem = Problem(layers, choices, [constraint], [np.zeros(1), np.zeros(4)], lambda a: Quality(0.1, 0.5, 0.0))
+    errors = [np.zeros(1), 30.0 - np.array(_COSTS[1])]
+    problem = Problem(layers, choices, [constraint], errors, lambda a: Quality(0.1, 0.5, 0.0))
     env = PruningEnv(problem)
     env.reset()
     assert env.step(action(0.1, 0.5))[4]["choice"] == 0

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from autoprune.core.choices import Block, Dense, Fine, Pattern
-from autoprune.core.errors import RunError
 from autoprune.envs.database import LayerDatabase, build_database, measure_moments
 from autoprune.envs.evaluator import Evaluator, divergence
 from autoprune.envs.network import StitchedNetwork, norm_of_each_conv, recalibrate
 from autoprune.envs.prefix import PrefixCache
+from autoprune.envs.store import DatabaseStore
 from autoprune.search_spaces.trace import trace
 from autoprune.tasks.metrics import evaluate_logits, top1
 from autoprune.tasks.task import Task, load_task
@@ -145,15 +145,78 @@ def test_quality_of_the_dense_policy_is_near_dense_and_of_a_pruned_one_determini
     assert first.error > dense.error
 
 
-def test_database_survives_a_round_trip_and_a_damaged_one_is_refused(database: LayerDatabase, tmp_path: Path) -> None:
-    path = tmp_path / "database.safetensors"
-    database.save(path)
-    loaded = LayerDatabase.load(path)
-    assert loaded.weights.keys() == database.weights.keys()
-    assert all(torch.equal(tensor, loaded.weights[key]) for key, tensor in database.weights.items())
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(RunError, match="damaged"):
-        LayerDatabase.load(path)
+def test_a_killed_build_goes_on_where_it_was_and_a_later_one_reuses_it(
+    task: Task, database: LayerDatabase, options: dict, calibration: torch.Tensor, tmp_path: Path
+) -> None:
+    store = DatabaseStore(tmp_path / "database")
+
+    def kill() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_database(task.model, options, calibration, kill, store)
+    made = {path: path.stat().st_mtime_ns for path in store._folder.iterdir()}
+    assert any(path.name.startswith("weights-") for path in made)
+    steps: list[None] = []
+    again = build_database(task.model, options, calibration, lambda: steps.append(None), store)
+    assert len(steps) == len(options)
+    assert again.weights.keys() == database.weights.keys()
+    assert all(torch.equal(tensor, again.weights[key]) for key, tensor in database.weights.items())
+    # What was finished was not made again, and a space that shares schemes takes them from here.
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+    files = set(store._folder.iterdir())
+    fewer = {layer: (Dense(), Block(0.5)) for layer in options}
+    assert build_database(task.model, fewer, calibration, store=store).weights.keys() < database.weights.keys()
+    assert set(store._folder.iterdir()) == files
+
+
+def test_a_damaged_part_of_a_database_is_made_again(
+    task: Task, database: LayerDatabase, options: dict, calibration: torch.Tensor, tmp_path: Path
+) -> None:
+    store = DatabaseStore(tmp_path)
+    build_database(task.model, options, calibration, store=store)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:500])
+    again = build_database(task.model, options, calibration, store=store)
+    assert all(torch.equal(tensor, again.weights[key]) for key, tensor in database.weights.items())
+
+
+def test_branches_side_by_side_are_what_each_gives_alone(
+    task: Task, database: LayerDatabase, options: dict, calibration: torch.Tensor, images: torch.Tensor
+) -> None:
+    network = StitchedNetwork(task.model, calibration)
+    network.load({})
+    network.fold()
+    cache = PrefixCache(network.folded, network.to_native(images), [layer.name for layer in options], part=50)
+    for layer in options:
+        weights = [database.weight(layer.name, choice) for choice in (Fine(0.25), Block(0.5))]
+        statistics = network.norm_statistics(layer.name)
+        found = cache.branches(layer.name, 1, [network.changed(layer.name, w, statistics) for w in weights])
+        assert found is not None
+        for weight, logits in zip(weights, found, strict=True):
+            network.load({layer.name: weight})
+            network.fold()
+            want = network.logits(images[50:100])
+            assert float((logits - want).abs().max()) <= 0.02 * float(want.abs().max())
+        network.load({})
+        network.fold()
+
+
+def test_a_layer_that_runs_twice_is_not_branched(images: torch.Tensor) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(1, 4, 3, padding=1)
+            self.both = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.both(self.both(self.first(x))).mean((2, 3))
+
+    model = Twice().eval().requires_grad_(False)
+    cache = PrefixCache(model, images[:20], ["first", "both"])
+    parameters = [(model.both.weight, model.both.bias)]
+    assert cache.branches("both", 0, parameters) is None
+    assert torch.allclose(cache.logits("both"), model(images[:20]), atol=1e-6)
 
 
 def test_divergence_is_zero_for_equal_and_the_textbook_value_otherwise() -> None:

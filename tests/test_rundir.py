@@ -140,20 +140,20 @@ def test_every_file_of_a_run_lies_in_its_folder(tmp_path: Path) -> None:
 
 def test_cache_gives_back_what_was_stored_by_its_key(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    cache.write_errors("a", [[0.0, 0.5], [0.25]])
-    assert Cache(tmp_path).read_errors("a") == [[0.0, 0.5], [0.25]]
-    assert cache.read_errors("b") is None
+    cache.write_errors("a", {"x": [0.0, 0.5], "y": [0.25]})
+    assert Cache(tmp_path).read_errors("a") == {"x": [0.0, 0.5], "y": [0.25]}
+    assert cache.read_errors("b") == {}
     paths = {make(key) for make in (cache.database, cache.table, cache.references) for key in ("a", "b")}
     assert len(paths) == 6
 
 
-@pytest.mark.parametrize("text", ["", "[[0.0", "3", "{}", "[1]"])
+@pytest.mark.parametrize("text", ["", "{\"x\": [0.0", "3", "[]", "{\"x\": 1}"])
 def test_damaged_cache_entry_counts_as_absent(tmp_path: Path, text: str) -> None:
     cache = Cache(tmp_path)
-    cache.write_errors("a", [[0.0]])
+    cache.write_errors("a", {"x": [0.0]})
     (path,) = (tmp_path / ".cache").iterdir()
     path.write_text(text)
-    assert cache.read_errors("a") is None
+    assert cache.read_errors("a") == {}
 
 
 def test_cache_is_no_run(tmp_path: Path) -> None:

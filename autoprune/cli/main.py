@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from autoprune.cli import bench, evaluate, lut, report, search, train
+from autoprune.cli import bench, compare, evaluate, lut, report, search, train
 from autoprune.core.errors import AutopruneError
 from autoprune.core.launch import launched_rank, launched_size
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("search")(search.search)
+app.command("compare")(compare.compare)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
@@ -85,7 +86,7 @@ def _interrupted(argv: Sequence[str]) -> int:
     next_step = "give the command again"
     if launched_rank() > 0:
         return INTERRUPTED  # the first of several processes says it
-    if command in ("search", "train") or "--resume" in argv:
+    if command in ("search", "compare", "train") or "--resume" in argv:
         next_step = "the same command resumes where it stopped"
     elif command == "lut":
         next_step = "the same command with --resume keeps the rows measured so far"

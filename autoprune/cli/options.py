@@ -7,6 +7,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from autoprune.search_spaces.preset import presets
+
 T = TypeVar("T")
 
 # The kernels' program serves at most 62 threads; torch's and scikit-learn's generators take 32-bit seeds.
@@ -16,10 +18,10 @@ _MOST_SEED = 2**32 - 1
 Model = Annotated[str, typer.Option(help="Network to prune, by name.")]
 Data = Annotated[str, typer.Option(help="Data set, by name.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the full data set.")]
-Space = Annotated[str, typer.Option(help="Search space: a preset's name or a YAML file.")]
+_SPACE_HELP = f"Search space: a YAML file or a preset: {', '.join(presets())}."
+Space = Annotated[str, typer.Option(help=_SPACE_HELP)]
 SpaceByDevice = Annotated[
-    str | None,
-    typer.Option("--space", help="Search space: a preset's name or a YAML file.", show_default="the device's own"),
+    str | None, typer.Option("--space", help=_SPACE_HELP, show_default="the device's own")
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images per forward pass of the deployed network.")]
 Threads = Annotated[

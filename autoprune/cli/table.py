@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autoprune.core.comparison import Comparison
 from autoprune.core.result import Result
 
 if TYPE_CHECKING:
@@ -49,3 +50,26 @@ def print_result(result: Result, paths: Mapping[str, Path]) -> None:
     console.print(verdict(result), markup=False, style="bold" if result.met else "bold red")
     for name, path in paths.items():
         console.print(f"  {name:<8}{path}", markup=False, soft_wrap=True)
+
+
+def print_comparison(comparison: Comparison, paths: Mapping[str, Path]) -> None:
+    """Print a table per budget, who wins, and the files written."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    from autoprune.report.standing import COLUMNS, lines, sentences
+
+    console = make_console()
+    for budget in comparison.budgets:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, title=escape(budget), title_justify="left")
+        for index, column in enumerate(COLUMNS):
+            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        for place, line in enumerate(lines(comparison, budget)):
+            table.add_row(*map(escape, line), style="bold" if place == 0 else "")
+        console.print(table)
+        for sentence in sentences(comparison, budget):
+            console.print(sentence, markup=False, soft_wrap=True)
+        console.print()
+    for name, path in paths.items():
+        console.print(f"  {name:<12}{path}", markup=False, soft_wrap=True)

@@ -252,6 +252,17 @@ class RunDir:
         """The training's resumable state."""
         return self.path / "checkpoint.pt"
 
+    @property
+    def comparison(self) -> Path:
+        """What a comparison of agents came to."""
+        return self.path / "comparison.json"
+
+    def cell(self, label: str) -> Path:
+        """One finished cell of a comparison; its folder is made."""
+        folder = self.path / "cells"
+        make_folder(folder)
+        return folder / f"{run_name(label)}.json"
+
     def tuned(self, label: str) -> Path:
         """Fine-tuned weights of one candidate policy."""
         return self.path / f"tuned-{label}.safetensors"
@@ -270,8 +281,8 @@ class Cache:
             raise RunError(f"cannot make {self._folder}: {error.strerror}; choose another --runs-dir.") from None
 
     def database(self, key: str) -> Path:
-        """Compensated weights per layer and choice."""
-        return self._folder / f"database-{key}.safetensors"
+        """Folder of the layer database of one model and its data."""
+        return self._folder / f"database-{key}"
 
     def table(self, key: str) -> Path:
         """Latency table of one context and space."""
@@ -288,14 +299,14 @@ class Cache:
     def _errors(self, key: str) -> Path:
         return self._folder / f"errors-{key}.json"
 
-    def read_errors(self, key: str) -> list[list[float]] | None:
-        """Return the stored single-layer errors, or None when there are none that can be read."""
+    def read_errors(self, key: str) -> dict[str, list[float]]:
+        """Return the stored single-layer errors, layer → one per choice; empty when there are none that can be read."""
         try:
             rows: object = json.loads(self._errors(key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return None
-        return rows if isinstance(rows, list) and all(isinstance(row, list) for row in rows) else None
+            return {}
+        return rows if isinstance(rows, dict) and all(isinstance(row, list) for row in rows.values()) else {}
 
-    def write_errors(self, key: str, rows: list[list[float]]) -> None:
+    def write_errors(self, key: str, rows: Mapping[str, list[float]]) -> None:
         """Store single-layer errors."""
         write_text(self._errors(key), json.dumps(rows))

@@ -42,7 +42,7 @@ def write_report(run: RunDir) -> Path:
 def render(result: Result, policy: PolicyFile | None = None) -> str:
     """Return the report as HTML text."""
     plots = {name: Markup(text) for name, text in figures(result).items()}
-    return _environment().get_template("template.html.j2").render(
+    return environment().get_template("template.html.j2").render(
         result=result,
         policy=policy,
         verdict=verdict(result),
@@ -58,7 +58,8 @@ def render(result: Result, policy: PolicyFile | None = None) -> str:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Return the templates of this package, with the filters they use."""
     environment = Environment(
         loader=PackageLoader("autoprune.report", "."),
         autoescape=True,

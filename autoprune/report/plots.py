@@ -25,7 +25,7 @@ _KIND_LOOKS = {  # colour, hatch
     "combined": (RED, "+"),
 }
 _OTHER_LOOK = (GREEN, "|")
-_SERIES = ((BLUE, "circle"), (ORANGE, "square"), (GREEN, "diamond"), (PINK, "triangle-up"), (SKY, "cross"), (GREY, "x"))
+SERIES = ((BLUE, "circle"), (ORANGE, "square"), (GREEN, "diamond"), (PINK, "triangle-up"), (SKY, "cross"), (GREY, "x"))
 
 
 def figures(result: Result) -> dict[str, str]:
@@ -35,15 +35,17 @@ def figures(result: Result) -> dict[str, str]:
         "trials": trial_figure(result) if result.trials else None,
         "fidelity": fidelity_figure(result) if result.fidelity else None,
     }
-    return {name: _json(figure) for name, figure in made.items() if figure is not None}
+    return {name: as_json(figure) for name, figure in made.items() if figure is not None}
 
 
-def _json(figure: go.Figure) -> str:
+def as_json(figure: go.Figure) -> str:
+    """Return a figure as JSON that may stand inside a script element."""
     text: str = figure.to_json()
     return text.replace("<", "\\u003c")  # no layer name may end the script element that holds it
 
 
-def _laid_out(figure: go.Figure, height: int) -> go.Figure:
+def laid_out(figure: go.Figure, height: int) -> go.Figure:
+    """Give a figure the look that all plots share."""
     figure.update_layout(
         template="none",
         height=height,
@@ -86,7 +88,7 @@ def layer_figure(layers: Sequence[LayerRow]) -> go.Figure:
             col=1,
         )
     _add_times(figure, layers)
-    figure = _laid_out(figure, height=110 + 26 * len(layers))
+    figure = laid_out(figure, height=110 + 26 * len(layers))
     order = [layer.name for layer in layers]
     figure.update_layout(barmode="overlay")
     figure.update_yaxes(categoryorder="array", categoryarray=order, autorange="reversed", ticks="")
@@ -151,7 +153,7 @@ def trial_figure(result: Result) -> go.Figure:
     figure = go.Figure()
     proposers = list(dict.fromkeys(trial.proposer for trial in result.trials))
     for index, proposer in enumerate(proposers):
-        color, symbol = _SERIES[index % len(_SERIES)]
+        color, symbol = SERIES[index % len(SERIES)]
         rows = [trial for trial in result.trials if trial.proposer == proposer]
         look: dict[str, object] = {"color": color, "symbol": symbol, "size": 8, "opacity": 0.75}
         _add_trials(figure, rows, f"{proposer} ({len(rows)})", look)
@@ -168,7 +170,7 @@ def trial_figure(result: Result) -> go.Figure:
     if chosen:
         star = {"color": RED, "symbol": "star", "size": 18, "line": {"width": 1, "color": "#ffffff"}}
         _add_trials(figure, chosen, "chosen", star)
-    figure = _laid_out(figure, height=440)
+    figure = laid_out(figure, height=440)
     limit = result.latency_limit_us
     if limit is not None:
         label = {"annotation_text": f"budget {time_text(limit)}", "annotation_position": "bottom right"}
@@ -217,7 +219,7 @@ def fidelity_figure(result: Result) -> go.Figure:
         marker={"color": BLUE, "size": 8, "opacity": 0.8},
         hovertemplate="measured %{x:.1f} µs, predicted %{y:.1f} µs<extra></extra>",
     )
-    figure = _laid_out(figure, height=440)
+    figure = laid_out(figure, height=440)
     figure.update_xaxes(title_text="measured, end to end (µs)", range=[low, high])
     figure.update_yaxes(title_text="predicted from the table (µs)", range=[low, high])
     return figure

@@ -116,7 +116,7 @@ def make_result(
     met = bool(feasible[1])
     how = "measured" if deployer.measures else "predicted"
     trial = next(t for t in study.trials if study.problem.named(t.assignment) == dict(chosen.choices))
-    facts = {key: value for key, value in table.context.model_dump().items() if isinstance(value, str | int | float)}
+    facts = table_facts(table)
     return Result(
         model=context.task.model_name,
         data=context.task.name,
@@ -133,7 +133,7 @@ def make_result(
         fidelity_mape=fit.mape,
         fidelity_kendall_tau=fit.kendall_tau,
         seconds=context.clock.seconds,
-        context={**facts, **_versions()},
+        context={**facts, **package_versions()},
         latency_limit_us=latency_limit_us(context.budget, references.best_us),
         chosen_trial=trial.number,
         run=config.name,
@@ -143,7 +143,13 @@ def make_result(
     )
 
 
-def _versions() -> dict[str, str]:
+def table_facts(table: LatencyTable) -> dict[str, str | int | float]:
+    """Return the flat fields of a table's context."""
+    return {key: value for key, value in table.context.model_dump().items() if isinstance(value, str | int | float)}
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
     packages = ("torch", "numba", "onnxruntime", "optuna", "stable-baselines3")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
@@ -164,7 +170,7 @@ def make_policy(context: Context, finals: Finals, chosen: Candidate, study: Stud
         accuracy=chosen.accuracy,
         context={key: value for key, value in facts.items() if isinstance(value, str | int | float)},
         seed=context.config.seed,
-        versions=_versions(),
+        versions=package_versions(),
         trials=len(study.trials),
         seconds=sum(context.clock.seconds.values()),
     )

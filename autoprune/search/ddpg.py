@@ -5,7 +5,9 @@ around the actor's output that starts only after the warm-up, the executed actio
 episode's return for every transition (n-step with n = layers, γ = 1), and rewards standardised by the warm-up's.
 
 Source: He et al., AMC: AutoML for Model Compression (2018). We depart in the credit (AMC copies the terminal reward
-into every transition and bootstraps on top) and in the decoder (see ``PruningEnv``).
+into every transition and bootstraps on top), in the decoder and its list of choices (see ``PruningEnv``), in the
+networks' first layer (see ``LayerCode``), and in the noise, which falls over the whole search instead of within 30
+episodes: what a critic learns from is how episodes differ.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import gymnasium
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -23,11 +26,15 @@ from scipy.special import ndtr, ndtri
 from stable_baselines3 import DDPG
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch.optim import Optimizer
 
-from autoprune.envs.problem import Assignment, Quality
-from autoprune.envs.pruning_env import PruningEnv, Reward
+from autoprune.core.errors import AutopruneError
+from autoprune.core.registry import unknown_name
+from autoprune.envs.problem import Assignment, Problem, Quality
+from autoprune.envs.pruning_env import REWARDS, PruningEnv, Reward
 from autoprune.search.base import Account, Searcher
+from autoprune.search.knapsack import perturbed_solution
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +43,9 @@ class DDPGSettings:
 
     Attributes:
         warm_up: Random episodes before the actor acts: this many, but at most ``warm_up_share`` of all.
-        sigma, decay, floor: Noise max(floor, σ · decay^(episodes after warm-up)), in units of the action range. AMC's
-            floor is 0; ours keeps a settled actor from spending its episodes on one and the same policy.
+        sigma, decay, floor: Noise max(floor, σ · decay^(episodes after warm-up)), in units of the action range. In a
+            long search it decays more slowly, so that the floor is not reached before four fifths of the episodes.
+            AMC's floor is 0; ours keeps a settled actor from spending its episodes on one and the same policy.
         actor_rate, critic_rate: Adam's learning rates. A search of fewer than ``episodes`` evaluations has too few
             updates for the actor to arrive anywhere at AMC's rate: it is raised by (episodes / evaluations)^1.5, at
             most tenfold.
@@ -46,7 +54,9 @@ class DDPGSettings:
         batch: Transitions per update; one update per step, at the end of an episode.
         critic_start: Updates of the critic alone between the warm-up and the actor's first.
         width: Units of both hidden layers of both networks.
-        reward: Scale of the terminal reward.
+        reward: Scale of the terminal reward; see ``PruningEnv``.
+        warm_start: Episodes before the warm-up that follow solutions of the knapsack, the first exact, the others with
+            errors scaled at random per layer; 0 starts from scratch.
     """
 
     warm_up: int = 100
@@ -62,6 +72,20 @@ class DDPGSettings:
     critic_start: int = 300
     width: int = 300
     reward: Reward = "log_kl"
+    warm_start: int = 0
+
+    def __post_init__(self) -> None:
+        if self.reward not in REWARDS:
+            raise unknown_name("reward", self.reward, REWARDS)
+        for name in ("actor_rate", "critic_rate", "sigma", "decay", "warm_up", "batch", "width", "episodes"):
+            if not getattr(self, name) > 0:
+                raise AutopruneError(f"ddpg setting {name}={getattr(self, name)!r}: must be above 0.")
+        for name in ("floor", "critic_start", "warm_start"):
+            if getattr(self, name) < 0:
+                raise AutopruneError(f"ddpg setting {name}={getattr(self, name)!r}: must not be negative.")
+        for name in ("tau", "warm_up_share", "decay"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise AutopruneError(f"ddpg setting {name}={getattr(self, name)!r}: must be above 0 and at most 1.")
 
 
 class AMCAgent(DDPG):
@@ -70,7 +94,7 @@ class AMCAgent(DDPG):
     Args:
         env: The environment; its actions lie in [0, 1].
         settings: Constants.
-        warm_up: Episodes of uniformly random actions.
+        warm_up: Episodes of random actions.
         episodes: How many may run in all; sizes the replay buffer, which forgets nothing.
         seed: Of networks, exploration and replay; global generators are seeded too (see ``own_rng``).
     """
@@ -78,6 +102,8 @@ class AMCAgent(DDPG):
     def __init__(self, env: PruningEnv, settings: DDPGSettings, warm_up: int, episodes: int, seed: int) -> None:
         self.settings = settings
         self.warm_up = warm_up
+        self._pruning = env
+        self._rollouts = _knapsack_rollouts(env.problem, settings.warm_start, np.random.default_rng([seed, 2]))
         self.explore = np.random.default_rng([seed, 1])
         self.reward_mean, self.reward_spread = 0.0, 1.0
         steps = len(env.problem.layers)
@@ -86,14 +112,18 @@ class AMCAgent(DDPG):
             env,
             learning_rate=settings.critic_rate,
             buffer_size=(episodes + 1) * steps,
-            learning_starts=warm_up * steps,
+            learning_starts=(settings.warm_start + warm_up) * steps,
             batch_size=settings.batch,
             tau=settings.tau,
             gamma=1.0,
             train_freq=(1, "episode"),
             gradient_steps=-1,
             n_steps=steps,
-            policy_kwargs={"net_arch": [settings.width, settings.width]},
+            policy_kwargs={
+                "net_arch": [settings.width, settings.width],
+                "features_extractor_class": LayerCode,
+                "features_extractor_kwargs": {"layers": steps},
+            },
             device="cpu",
             seed=seed,
             verbose=0,
@@ -101,8 +131,8 @@ class AMCAgent(DDPG):
 
     @property
     def noise_sigma(self) -> float:
-        """Standard deviation of the exploration noise in this episode; 0 during the warm-up, which is uniform."""
-        after = self._episode_num - self.warm_up
+        """Standard deviation of the exploration noise in this episode; 0 before the actor acts."""
+        after = self._episode_num - self.settings.warm_start - self.warm_up
         return max(self.settings.floor, self.settings.sigma * self.settings.decay**after) if after >= 0 else 0.0
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
@@ -151,13 +181,20 @@ class AMCAgent(DDPG):
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         if self.num_timesteps < learning_starts:
-            action = self.explore.random((n_envs, 2))
+            action = self._warm_up_action()
         else:
             assert self._last_obs is not None
             mean, _ = self.predict(self._last_obs, deterministic=True)
             action = truncated_normal(mean.astype(np.float64), self.noise_sigma, self.explore)
         executable = action.astype(np.float32)
         return executable, self.policy.scale_action(executable)
+
+    def _warm_up_action(self) -> npt.NDArray[np.float64]:
+        """Return the next action of a knapsack rollout, or a uniformly random one."""
+        if self._episode_num >= len(self._rollouts):
+            return self.explore.random((1, 2))
+        layer = self.num_timesteps % len(self._pruning.problem.layers)
+        return self._pruning.action_of(layer, self._rollouts[self._episode_num][layer])[None].astype(np.float64)
 
     def _store_transition(
         self,
@@ -173,6 +210,48 @@ class AMCAgent(DDPG):
         super()._store_transition(
             replay_buffer, self.policy.scale_action(executed), new_obs, reward, dones, infos
         )
+
+
+def paced(settings: DDPGSettings, evaluations: int, acting: int) -> DDPGSettings:
+    """Return settings for a search of this length: the actor's rate and the noise's decay; see ``DDPGSettings``.
+
+    Args:
+        settings: AMC's pace.
+        evaluations: Granted in all.
+        acting: Those in which the actor acts.
+    """
+    hurry = min(10.0, max(1.0, (settings.episodes / evaluations) ** 1.5))
+    slowest = min(1.0, settings.floor / settings.sigma) ** (1.0 / max(1.0, 0.8 * acting))
+    return replace(settings, actor_rate=hurry * settings.actor_rate, decay=max(settings.decay, slowest))
+
+
+class LayerCode(BaseFeaturesExtractor):
+    """The observation, and beside it which layer it is of as a unit vector.
+
+    AMC tells layers apart by t in [0, 1]. A network learns a smooth function of that; two neighbours that differ in
+    nothing but how much they matter take it hundreds of episodes to tell apart.
+
+    Args:
+        observation_space: Of ``PruningEnv``.
+        layers: L.
+    """
+
+    def __init__(self, observation_space: gymnasium.spaces.Box, layers: int) -> None:
+        super().__init__(observation_space, observation_space.shape[0] + layers)
+        self._layers = layers
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        """Return (N, F + L) for observations (N, F)."""
+        index = (observations[:, :1] * max(1, self._layers - 1)).round()
+        code = (index == torch.arange(self._layers)).float()
+        return torch.cat([observations, code], 1)
+
+
+def _knapsack_rollouts(problem: Problem, count: int, rng: np.random.Generator) -> list[Assignment]:
+    """Return solutions of the knapsack: the exact one, then some with each layer's errors scaled at random."""
+    layers = len(problem.layers)
+    scales = [rng.normal(0.0, 0.5 if number else 0.0, layers) for number in range(count)]
+    return [perturbed_solution(problem, scale) for scale in scales]
 
 
 def truncated_normal(
@@ -218,10 +297,10 @@ class DDPGSearcher(Searcher):
             with own_rng():
                 return account.evaluate(assignment)
 
-        warm_up = max(1, min(self.settings.warm_up, round(self.settings.warm_up_share * account.evaluations)))
+        fresh = max(1, account.evaluations - self.settings.warm_start)
+        warm_up = max(1, min(self.settings.warm_up, round(self.settings.warm_up_share * fresh)))
         episodes = 2 * account.evaluations
-        hurry = min(10.0, max(1.0, (self.settings.episodes / account.evaluations) ** 1.5))
-        settings = replace(self.settings, actor_rate=hurry * self.settings.actor_rate)
+        settings = paced(self.settings, account.evaluations, fresh - warm_up)
         env = PruningEnv(account.problem, settings.reward, score)
         with own_rng():
             agent = AMCAgent(env, settings, warm_up, episodes, seed)

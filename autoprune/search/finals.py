@@ -78,6 +78,13 @@ def predicted_cost(layers: tuple[LayerSpec, ...], choices: Mapping[str, Choice],
     )
 
 
+def kept_masks(model: nn.Module, choices: Mapping[str, Choice]) -> dict[str, Tensor]:
+    """Return layer → bool mask of the weights that are not zero, of every layer that a policy prunes."""
+    return {
+        name: layer_of(model, name).weight != 0 for name, choice in choices.items() if not isinstance(choice, Dense)
+    }
+
+
 def true_ratios(layers: tuple[LayerSpec, ...], model: nn.Module) -> tuple[float, float]:
     """Return MACs and weights that are not zero, over all of them, conv and linear layers."""
     kept = {
@@ -189,11 +196,7 @@ class Finals:
             load_weights(model, path)
             self._progress.advance(self.steps)
             return
-        masks = {
-            name: layer_of(model, name).weight != 0
-            for name, choice in candidate.choices.items()
-            if not isinstance(choice, Dense)
-        }
+        masks = kept_masks(model, candidate.choices)
         finetune(model, self.task.model, masks, self.task.data, self.recipe, seed=self._seed, on_step=step)
         save_weights(model, path)
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autoprune.envs.problem import Assignment, FloatArray, IntArray, Problem
+from autoprune.envs.reach import useful_rows
 
 
 class Moves:
@@ -128,13 +129,4 @@ class Moves:
 
 def useful_choices(problem: Problem) -> list[IntArray]:
     """Return per layer the choices that no other undercuts in error and every cost at once, by rising first cost."""
-    kept: list[IntArray] = []
-    for error_C, costs_CD in zip(problem.errors_LC, problem.costs_LCD, strict=True):
-        points = np.concatenate([costs_CD, np.where(np.isfinite(error_C), error_C, 1e9)[:, None]], axis=1)
-        not_above_CC = (points[:, None, :] <= points[None, :, :]).all(axis=2)
-        below_CC = (points[:, None, :] < points[None, :, :]).any(axis=2) & not_above_CC
-        # Of exact twins only the first stays.
-        twin_CC = np.triu((points[:, None, :] == points[None, :, :]).all(axis=2), k=1)
-        keep = np.flatnonzero(~(below_CC | twin_CC).any(axis=0))
-        kept.append(keep[np.argsort(costs_CD[keep, 0], kind="stable")])
-    return kept
+    return useful_rows(problem.errors_LC, problem.costs_LCD)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from torch import nn
@@ -19,16 +22,26 @@ from autoprune.envs.database import LayerDatabase, build_database
 from autoprune.envs.evaluator import Evaluator
 from autoprune.envs.network import StitchedNetwork
 from autoprune.envs.problem import Constraint, Problem, Quality
+from autoprune.envs.store import DatabaseStore
 from autoprune.lut.table import LatencyTable
 from autoprune.search.memory import Memory, memory_constraint
 from autoprune.search_spaces.space import SearchSpace
+from autoprune.tasks.precision import compute_device
 from autoprune.tasks.task import Task
 
 CALIBRATION_IMAGES = 500
 MOMENT_IMAGES = 1_000
 EVALUATION_IMAGES = 1_000
-SINGLE_LAYER_IMAGES = 250
+SINGLE_LAYER_IMAGES = 96
 _WORDS = {"latency": "us", "macs": " MACs", "params": " weights", "size": " bytes", "memory": " bytes"}
+
+
+class Scorer(Protocol):
+    """What a problem needs of an evaluator."""
+
+    def quality(self, choices: Mapping[str, Choice]) -> Quality:
+        """Return error, accuracy and seconds of a policy; layers not named are dense."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,33 +57,24 @@ class Scored:
 
     options: dict[LayerSpec, tuple[Choice, ...]]
     database: LayerDatabase
-    evaluator: Evaluator
+    evaluator: Scorer
     errors: tuple[np.ndarray, ...]
 
 
 def score_choices(task: Task, space: SearchSpace, cache: Cache, progress: Progress) -> Scored:
     """Return the database and single-layer errors of a space, from the cache where an earlier run made them."""
-    data = task.data
+    data, device = task.data, compute_device()
     options = {layer: space.choices[layer.name] for layer in space.searched}
-    key = _key(task, options)
-    path = cache.database(key)
+    # The task's own model stays where it is: latency is measured on another device than this one.
+    model = task.model if device.type == "cpu" else copy.deepcopy(task.model).to(device)
+    key = _key(task, device.type)
     progress.stage("layer database", 2 * len(options))
-    if path.exists():
-        database = LayerDatabase.load(path)
-        progress.advance(len(options))
-    else:
-        images = data.normalize(data.train.images[:MOMENT_IMAGES])
-        database = build_database(task.model, options, images, progress.advance)
-        database.save(path)
-    network = StitchedNetwork(task.model, data.normalize(data.train.images[:CALIBRATION_IMAGES]))
+    images = data.normalize(data.train.images[:MOMENT_IMAGES])
+    database = build_database(model, options, images, progress.advance, DatabaseStore(cache.database(key)))
+    network = StitchedNetwork(model, data.normalize(data.train.images[:CALIBRATION_IMAGES]))
     scored = data.validation.take(EVALUATION_IMAGES)
     evaluator = Evaluator(network, database, data.normalize(scored.images), scored.labels)
-    stored = cache.read_errors(key)
-    if stored is None:
-        errors = evaluator.single_errors(options, SINGLE_LAYER_IMAGES, progress.advance)
-        cache.write_errors(key, [row.tolist() for row in errors])
-    else:
-        errors = tuple(np.array(row) for row in stored)
+    errors = _single_errors(evaluator, options, _errors_key(key, task, options), cache, progress)
     return Scored(options, database, evaluator, errors)
 
 
@@ -80,6 +84,25 @@ def measured_space(space: SearchSpace, table: LatencyTable) -> SearchSpace:
         return space
     choices = {layer.name: table.measured(layer, space.choices[layer.name]) for layer in space.layers}
     return replace(space, choices=choices)
+
+
+def _single_errors(
+    evaluator: Evaluator, options: Mapping[LayerSpec, Sequence[Choice]], key: str, cache: Cache, progress: Progress
+) -> tuple[np.ndarray, ...]:
+    """Return the errors of every layer, those that are kept from the cache; each new one is kept at once."""
+    rows = {layer: row for layer, row in cache.read_errors(key).items() if layer in {spec.name for spec in options}}
+    progress.advance(len(rows))
+    keeping = threading.Lock()
+
+    def keep(layer: str, errors: np.ndarray) -> None:
+        with keeping:
+            rows[layer] = errors.tolist()
+            cache.write_errors(key, rows)
+
+    absent = {layer: choices for layer, choices in options.items() if layer.name not in rows}
+    if absent:
+        evaluator.single_errors(absent, SINGLE_LAYER_IMAGES, progress.advance, keep)
+    return tuple(np.array(rows[layer.name]) for layer in options)
 
 
 def worthwhile(scored: Scored, table: LatencyTable) -> Scored:
@@ -188,15 +211,23 @@ def _words(limit: Limit, fixed: float) -> Callable[[float], str]:
     return lambda cost: f"{cost + fixed:,.0f}{unit}"
 
 
-def _key(task: Task, options: Mapping[LayerSpec, tuple[Choice, ...]]) -> str:
-    digest = hashlib.sha256()
+def _key(task: Task, device: str) -> str:
+    """Return what a layer database depends on besides its layers and choices: weights, images, and where it is made."""
+    digest = hashlib.sha256(device.encode())
     for name, tensor in task.model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    digest.update(task.data.train.images[:MOMENT_IMAGES].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _errors_key(database: str, task: Task, options: Mapping[LayerSpec, Sequence[Choice]]) -> str:
+    digest = hashlib.sha256(database.encode())
     for layer, choices in options.items():
         digest.update(f"{layer.name} {layer.signature} {[choice.text for choice in choices]}".encode())
-    digest.update(task.data.train.images[:MOMENT_IMAGES].numpy().tobytes())
+    digest.update(task.data.train.images[:CALIBRATION_IMAGES].numpy().tobytes())
     digest.update(task.data.validation.images[:EVALUATION_IMAGES].numpy().tobytes())
+    digest.update(str(SINGLE_LAYER_IMAGES).encode())
     return digest.hexdigest()[:16]
 
 

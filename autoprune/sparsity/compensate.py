@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 DAMPING = 1e-3
+# Systems above this size are solved one by one; batches of smaller ones take at most so many bytes.
+_LARGE = 256
+_BATCH_BYTES = 2**28
 
 
 def damped(moments_DD: Tensor) -> Tensor:
     """Return ``H`` float64 with ``DAMPING`` of its mean diagonal added, so that dead inputs leave it invertible."""
     moments = moments_DD.double()
-    return moments + torch.eye(len(moments), dtype=torch.float64) * (DAMPING * moments.diagonal().mean() + 1e-12)
+    identity = torch.eye(len(moments), dtype=torch.float64, device=moments.device)
+    return moments + identity * (DAMPING * moments.diagonal().mean() + 1e-12)
 
 
 def compensate(weight_KD: Tensor, mask_KD: Tensor, damped_DD: Tensor, inverse_DD: Tensor) -> Tensor:
@@ -74,17 +78,37 @@ def _solve_pruned(weight: Tensor, mask: Tensor, _: Tensor, inverse_DD: Tensor) -
 
 
 def _solve_rows(weight: Tensor, mask: Tensor, target: Tensor, matrix: Tensor) -> Tensor:
-    """Solve ``matrix[m, m] y_m = target_m`` for each row's own set m; unused places of the batch are unit rows."""
+    """Solve ``matrix[m, m] y_m = target_m`` for each row's own set m.
+
+    Small systems are solved in batches, in which unused places are unit rows; large ones one after the other, since a
+    batch of them would take gigabytes (512 filters of 4,608 weights: 21 GB).
+    """
+    counts = mask.sum(1)
+    result = torch.zeros_like(weight)
+    size = int(counts.max())
+    if size == 0:
+        return result
+    if size > _LARGE:
+        for row in range(len(weight)):
+            kept = mask[row].nonzero().squeeze(1)
+            factor = torch.linalg.cholesky(matrix.index_select(0, kept).index_select(1, kept))
+            result[row, kept] = torch.cholesky_solve(target[row, kept, None], factor).squeeze(1)
+        return result
+    rows = max(1, _BATCH_BYTES // (8 * size * size))
+    for part in torch.split(torch.arange(len(weight), device=weight.device), rows):
+        result[part] = _solve_batch(weight[part], mask[part], target[part], matrix)
+    return result
+
+
+def _solve_batch(weight: Tensor, mask: Tensor, target: Tensor, matrix: Tensor) -> Tensor:
     counts = mask.sum(1)
     size = int(counts.max())
     result = torch.zeros_like(weight)
-    if size == 0:
-        return result
     order = torch.argsort(~mask, dim=1, stable=True)[:, :size]
-    used = torch.arange(size)[None] < counts[:, None]
+    used = torch.arange(size, device=weight.device)[None] < counts[:, None]
     systems = matrix[order[:, :, None], order[:, None, :]]
     both = used[:, :, None] & used[:, None, :]
-    systems = torch.where(both, systems, torch.eye(size, dtype=matrix.dtype))
+    systems = torch.where(both, systems, torch.eye(size, dtype=matrix.dtype, device=matrix.device))
     right = torch.where(used, target.gather(1, order), 0.0)
     solution = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(systems)).squeeze(2)
     return result.scatter(1, order, torch.where(used, solution, 0.0))
