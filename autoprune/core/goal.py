@@ -51,6 +51,13 @@ class Goal:
         return ",".join(parts)
 
 
+    def shortfall(self, accuracy: float | None, dense: float | None) -> float:
+        """Return by how much an accuracy misses the constraint, a fraction; 0 where it is kept or none is asked for."""
+        if self.drop is None or accuracy is None or dense is None:
+            return 0.0
+        return max(0.0, dense - self.drop - accuracy - 1e-9)
+
+
 def parse_goal(budget: str, constraint: str | None = None, objective: str | None = None) -> Goal:
     """Return the goal that the three options spell.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from autoprune.core.errors import RunError
+from autoprune.core.goal import GoalKind
 from autoprune.core.policy import Accuracy, Cost
 from autoprune.core.rundir import write_text
 
@@ -89,6 +90,7 @@ class Result(BaseModel):
         latency_limit_us: The latency budget in µs, if there is one.
         chosen_trial: Number of the trial that was chosen.
         run: Name of the run.
+        goal: What ``budget`` says: a budget, an accuracy to keep, or the costs of a front.
         reason: Why the budget was missed, or the search ended early; empty otherwise.
     """
 
@@ -114,6 +116,7 @@ class Result(BaseModel):
     chosen_trial: int | None = None
     run: str = ""
     reason: str = ""
+    goal: GoalKind = "budget"
 
     def row(self, name: str) -> Row | None:
         """Return the closing table's row of that name, if there is one."""

@@ -119,9 +119,13 @@ class Searcher(ABC):
         if study.problem.fingerprint != problem.fingerprint:
             raise ValueError("the study was opened for another problem")
         account = Account(study, self.name, evaluations, progress, problem)
+        self.spend(account, seed)
+        return study.trial(account.ranked()[0], self.name)
+
+    def spend(self, account: Account, seed: int) -> None:
+        """Propose policies until the account's evaluations are spent, or nothing is left to propose."""
         with contextlib.suppress(EvaluationsSpent):
             self.propose(account, seed)
-        return study.trial(account.ranked()[0], self.name)
 
     @abstractmethod
     def propose(self, account: Account, seed: int) -> None:

@@ -7,6 +7,8 @@ from importlib.metadata import version
 
 from autoprune.core.budget import Budget
 from autoprune.core.choices import Choice, Dense
+from autoprune.core.front import Front, FrontPoint
+from autoprune.core.goal import GoalKind
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy, PolicyFile, model_fingerprint
 from autoprune.core.result import FidelityPoint, LayerRow, Result, Row, TrialRow
@@ -15,7 +17,8 @@ from autoprune.lut.measure import peak_gflops
 from autoprune.lut.table import LatencyTable
 from autoprune.search.context import Context
 from autoprune.search.deploy import layer_times_us
-from autoprune.search.finals import Candidate, Finals, meets
+from autoprune.search.finals import Candidate, Finals, meets, predicted_cost
+from autoprune.search.front import non_dominated
 from autoprune.search.study import Study
 
 
@@ -106,14 +109,23 @@ def make_result(
     fit = table.calibration
     assert fit is not None
     chosen = rows[1]
-    feasible: list[bool | None] = [None, *(meets(context.budget, row.measured) for row in rows[1:] if row.measured)]
+    goal = context.goal
+    feasible: list[bool | None] = [
+        None,
+        *(
+            meets(goal.budget, row.measured) and goal.shortfall(row.accuracy.tuned, rows[0].accuracy.dense) == 0.0
+            for row in rows[1:]
+            if row.measured
+        ),
+    ]
     met = bool(feasible[1])
     trial = next(t for t in study.trials if study.problem.named(t.assignment) == dict(chosen.choices))
     facts = {key: value for key, value in table.context.model_dump().items() if isinstance(value, str | int | float)}
     return Result(
         model=context.task.model_name,
         data=context.task.name,
-        budget=context.budget.text,
+        budget=goal.text,
+        goal=goal.kind,
         agent=config.agent,
         seed=config.seed,
         met=met,
@@ -130,8 +142,32 @@ def make_result(
         latency_limit_us=latency_limit_us(context.budget, references.best_us),
         chosen_trial=trial.number,
         run=config.name,
-        reason="" if met else "no finalist kept the budget as measured; the nearest one is shown",
+        reason="" if met else _reason(goal.kind),
     )
+
+
+def _reason(kind: GoalKind) -> str:
+    kept = "the accuracy on the validation data" if kind == "constraint" else "the budget as measured"
+    return f"no finalist kept {kept}; the nearest one is shown"
+
+
+def save_front(context: Context, finals: Finals, study: Study) -> None:
+    """Write every policy of the study that no other undercuts in error and the costs in question."""
+    points = [
+        FrontPoint(
+            trial=trial.number,
+            proposer=trial.proposer,
+            error=trial.quality.error,
+            accuracy=trial.quality.accuracy,
+            costs=trial.costs,
+            predicted=predicted_cost(context.layers, choices, finals.deployer),
+            choices={name: choice.text for name, choice in choices.items()},
+        )
+        for trial in non_dominated(study.trials)
+        for choices in [study.problem.named(trial.assignment)]
+    ]
+    kinds = [constraint.kind for constraint in study.problem.constraints]
+    Front(objectives=["accuracy", *kinds], points=points).save(context.run.front)
 
 
 def _versions() -> dict[str, str]:
@@ -148,7 +184,7 @@ def make_policy(context: Context, finals: Finals, chosen: Candidate, study: Stud
         model_fingerprint=model_fingerprint(context.layers),
         space=context.space.fingerprint,
         table=table.hash,
-        budget=context.budget.text,
+        budget=context.goal.text,
         choices={name: choice.text for name, choice in chosen.choices.items()},
         predicted=chosen.predicted,
         measured=chosen.measured,

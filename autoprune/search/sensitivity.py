@@ -8,10 +8,12 @@ Source: Li et al., "Pruning Filters for Efficient ConvNets" (2017), with the thr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
 
+from autoprune.core.sensitivity import CurvePoint, LayerCurve, Sensitivity
 from autoprune.envs.problem import Assignment, Problem, scheme
 from autoprune.search.base import Account, Searcher
 from autoprune.search.moves import Moves
@@ -71,3 +73,20 @@ class SensitivitySearcher(Searcher):
             found.append(least_threshold(problem, members)[1])
         for assignment in sorted(found, key=lambda assignment: (problem.additive_error(assignment), assignment)):
             account.evaluate(assignment)
+
+
+def sensitivity_of(problem: Problem) -> Sensitivity:
+    """Return the curves of single-layer errors, and the threshold that sensitivity analysis sets for the budget."""
+    threshold = least_threshold(problem)[0]
+    curves = [
+        LayerCurve(
+            layer=layer.name,
+            points=[
+                CurvePoint(choice=choice.text, density=choice.density(layer), error=float(error))
+                for choice, error in zip(choices, errors_C, strict=True)
+                if math.isfinite(error)
+            ],
+        )
+        for layer, choices, errors_C in zip(problem.layers, problem.choices, problem.errors_LC, strict=True)
+    ]
+    return Sensitivity(threshold=threshold if math.isfinite(threshold) else None, layers=curves)
