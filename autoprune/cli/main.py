@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from autoprune.cli import bench, lut, report, search, train
+from autoprune.cli import bench, lut, pareto, report, search, train
 from autoprune.core.errors import AutopruneError
 
 INTERRUPTED = 130
@@ -29,6 +29,7 @@ app.command("search")(search.search)
 app.command("train")(train.train)
 app.command("bench")(bench.bench)
 app.command("report")(report.report)
+app.command("pareto")(pareto.pareto)
 app.add_typer(lut.app, name="lut")
 
 

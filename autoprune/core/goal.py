@@ -1,8 +1,8 @@
 """What a search is asked for: a budget to keep, an accuracy to keep, or a front of both.
 
-``--budget latency=50%``: least error within it. ``--constraint accuracy=-0.5%``: least latency with at most half a point
-of accuracy lost. ``--objective accuracy,latency``: every trade-off between them. A budget given with one of the other
-two bounds what it proposes.
+``--budget latency=50%``: least error within it. ``--constraint accuracy=-0.5%``: least latency with at most half a
+point of accuracy lost. ``--objective accuracy,latency``: every trade-off between them. A budget given with one of the
+other two bounds what it proposes.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _parse_drop(text: str) -> float:
             f"--constraint '{text}': a loss against dense is 0 or negative; write 'accuracy=-{points:g}%'."
         )
     if points <= -100.0:
-        raise BudgetError(f"--constraint '{text}': a loss of 100 points or more allows everything; write a smaller one.")
+        raise BudgetError(f"--constraint '{text}': 100 points of loss or more allow everything; write less.")
     return -points / 100.0
 
 

@@ -1,4 +1,4 @@
-"""Settings of a named thing (a trainer, an agent): one frozen dataclass each, given as ``name=value`` texts or a mapping.
+"""Settings of a named thing (a trainer, an agent): a frozen dataclass, given as ``name=value`` texts or a mapping.
 
 The dataclass's fields are the names that are known, their annotations say what a value must be, their defaults hold
 where nothing is given; ranges are checked when it is made.

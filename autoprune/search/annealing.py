@@ -34,13 +34,15 @@ class AnnealingSettings:
         start: ``knapsack`` (the exact solver's policy) or ``random``.
         hot, cold: First and last temperature, in units of ln error: .1 accepts a policy 10 % worse with 37 %.
         reach: Most levels that a layer moves.
+        sift: Moves drawn, of which the one of least added single-layer error is proposed; 1 is plain annealing.
         patience: Evaluations without a new best policy after which it is returned to.
     """
 
     start: str = "knapsack"
     hot: float = 0.1
     cold: float = 0.002
-    reach: int = 2
+    reach: int = 3
+    sift: int = 8
     patience: int = 15
 
     def __post_init__(self) -> None:
@@ -48,7 +50,7 @@ class AnnealingSettings:
         check_setting("annealing", "start", self.start, self.start in starts, "'knapsack' or 'random'")
         check_setting("annealing", "cold", self.cold, self.cold > 0, "above 0")
         check_setting("annealing", "hot", self.hot, self.hot >= self.cold, "at least cold")
-        for name in ("reach", "patience"):
+        for name in ("reach", "sift", "patience"):
             check_setting("annealing", name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
 
 
@@ -70,10 +72,9 @@ class AnnealingSearcher(Searcher):
             if spent - best_at >= settings.patience:
                 current, best_at = account.ranked()[0], spent
                 here = best
-            near_NL = moves.neighbours(np.array(current), settings.reach)
-            if not len(near_NL):
+            proposed = self._neighbour(account.problem, moves, current, rng)
+            if proposed is None:
                 return
-            proposed = tuple(near_NL[int(rng.integers(len(near_NL)))].tolist())
             error = math.log(account.evaluate(proposed).error + _LEAST)
             known = known + 1 if account.evaluations - account.left == spent else 0
             temperature = settings.hot * (settings.cold / settings.hot) ** (spent / account.evaluations)
@@ -81,6 +82,15 @@ class AnnealingSearcher(Searcher):
                 current, here = proposed, error
             if error < best:
                 best, best_at = error, spent
+
+    def _neighbour(
+        self, problem: Problem, moves: Moves, current: Assignment, rng: np.random.Generator
+    ) -> Assignment | None:
+        near_NL = moves.neighbours(np.array(current), self.settings.reach)
+        if not len(near_NL):
+            return None
+        drawn = [tuple(near_NL[int(place)].tolist()) for place in rng.integers(len(near_NL), size=self.settings.sift)]
+        return moves.fill(min(drawn, key=problem.additive_error))
 
     def _start(self, problem: Problem, moves: Moves, rng: np.random.Generator) -> Assignment:
         if self.settings.start == "random":

@@ -186,7 +186,7 @@ class NSGA2Searcher(SamplerSearcher):
 
 
 class CMAESSearcher(SamplerSearcher):
-    """Covariance matrix adaptation, from the exact solution outwards; Optuna pickles its state, here into memory only."""
+    """Covariance matrix adaptation, from the exact solution outwards; its state is pickled into memory only."""
 
     name = "cmaes"
     several = False
