@@ -100,9 +100,8 @@ def test_a_gaussian_process_sees_a_bounded_history(monkeypatch: pytest.MonkeyPat
     )
     study = search("gp", make_problem(layers=8), 30, history=12)
     assert len(study.trials) == 30
-    assert max(seen[: 8 + 12]) <= 12
-    # Every proposal beyond the history is asked of a study of 12, then filed in the whole one.
-    assert seen[-2] == 12
+    assert max(seen) == 12
+    assert seen.count(12) >= 18
 
 
 def test_the_sensitivity_threshold_is_the_least_that_meets_the_budget() -> None:
@@ -147,10 +146,9 @@ def test_netadapt_goes_down_step_by_step_and_stops_within_the_budget() -> None:
     study = search("netadapt", problem, 400)
     loads = [load(problem, trial.assignment) for trial in study.trials]
     assert loads[0] > 1.5
-    # It never reached the budget twice: the first iteration with a policy inside ends it.
-    within = [place for place, value in enumerate(loads) if value <= 1.0]
-    assert within
-    assert len(loads) - within[0] <= len(problem.layers)
+    assert min(loads) > 0.9
+    iterations = len(reductions(load(problem, (0,) * 6), 0.025, 0.96, 80))
+    assert len(loads) <= iterations * len(problem.layers) + 1
     assert study.best(1)[0].quality.error < 3.0 * problem.evaluate(solve_problem(problem)).error
 
 

@@ -173,7 +173,9 @@ def test_json_is_one_object_alone_on_stdout(
     assert Path(record["paths"]["policy"]).is_file()
 
 
-@pytest.mark.parametrize("argv", [["search"], ["train"], ["lut", "build"], ["lut", "show"], ["bench"], ["report"], ["pareto"]])
+@pytest.mark.parametrize(
+    "argv", [["search"], ["train"], ["lut", "build"], ["lut", "show"], ["bench"], ["report"], ["pareto"]]
+)
 def test_every_command_takes_the_common_flags(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli([*argv, "--help"]) == 0
     words = capsys.readouterr().out.split()
@@ -260,7 +262,7 @@ def test_debug_shows_the_traceback(
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["search"], "Missing option '--budget'. See: autoprune search --help"),
+        (["search"], "nothing is asked for; give --budget latency=50%"),
         (["search", "--budget", "latency=50"], "add a unit: 'latency=50%'"),
         (["search", "--budget", "latency=50%", "--batch", "0"], "--batch"),
         (["search", "--budget", "latency=50%", "--bogus"], "--bogus"),

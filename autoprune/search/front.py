@@ -92,13 +92,12 @@ def non_dominated(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def knee(front: Sequence[Trial]) -> Trial:
-    """Return the trial farthest below the line between a front's ends: cost against the logarithm of the error.
+    """Return the trial farthest below the line between a front's ends, cost against accuracy lost.
 
-    Several costs are averaged, each in units of its range along the front.
+    Either is in units of its range along the front; several costs are averaged.
     """
     cost_PD = np.array([list(trial.costs.values()) for trial in front])
-    log_P = np.log(np.array([trial.quality.error for trial in front]) + 1e-9)
-    span_D = np.maximum(np.ptp(cost_PD, axis=0), 1e-12)
-    cost_P = ((cost_PD - cost_PD.min(axis=0)) / span_D).mean(axis=1)
-    error_P = (log_P - log_P.min()) / max(float(np.ptp(log_P)), 1e-12)
-    return front[int((cost_P + error_P).argmin())]
+    cost_P = ((cost_PD - cost_PD.min(axis=0)) / np.maximum(np.ptp(cost_PD, axis=0), 1e-12)).mean(axis=1)
+    accuracy_P = np.array([trial.quality.accuracy for trial in front])
+    lost_P = (accuracy_P.max() - accuracy_P) / max(float(np.ptp(accuracy_P)), 1e-12)
+    return front[int((cost_P + lost_P).argmin())]

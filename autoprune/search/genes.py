@@ -72,13 +72,14 @@ class Genes(ABC):
 
         Args:
             number: Which one, from 0.
-            count: How many there will be; in front mode their budgets spread evenly.
+            count: How many there will be; in front mode their budgets spread evenly, those of later ones at random.
             spread: Standard deviation of the logarithm of the factors.
             rng: Draws them.
         """
         log_L = rng.normal(0.0, spread if number and not self._kinds else 0.0, len(self.problem.layers))
         low, high = _SHARES
-        share = high - (high - low) * (number / max(1, count - 1))
+        place = number / max(1, count - 1) if number < count else float(rng.random())
+        share = high - (high - low) * place
         shares = {f"{_SHARE} {kind}": share for kind in self._kinds}
         return {**self._start(self._limited(shares), log_L), **shares}
 

@@ -21,8 +21,8 @@ from autoprune.search.study import Study, Trial
 _PROBES = 8
 # Runs of the agent: at most this many, each with at least so many evaluations.
 _ROUNDS, _LEAST_EACH = 5, 10
-# A budget this far below one that suffices is tried first, as a share of what lies above the cheapest policy.
-_STEP = 0.6
+# How far below a budget that suffices the next one lies; doubled after each success, halved towards a failure.
+_STEP = 0.04
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +72,17 @@ def search_cheapest(
             low = middle
     spent = len(account.scored)
     rounds = max(1, min(_ROUNDS, (evaluations - spent) // _LEAST_EACH))
-    low = 0.0
+    low, step = 0.0, _STEP
     for place in range(rounds):
         share = (evaluations - spent) // (rounds - place)
         high = hunt.share()
-        target = 1.0 if not hunt.kept else max(_STEP * high, 0.5 * (low + high))
+        target = 1.0 if not hunt.kept else max(high * (1.0 - step), 0.5 * (min(low, high) + high))
         inner = Account(study, searcher.name, share, later(progress, spent, evaluations), hunt.limited(target))
         searcher.spend(inner, seed)
         spent += share
-        if not any([hunt.take(assignment, quality) for assignment, quality in inner.scored.items()]):
+        if any([hunt.take(assignment, quality) for assignment, quality in inner.scored.items()]):
+            step *= 2.0
+        else:
             low = target
     return hunt.answer(study, searcher.name)
 

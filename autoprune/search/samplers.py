@@ -29,6 +29,8 @@ from autoprune.search.settings import check_setting
 
 # Proposals in a row that are known already: the space is as good as exhausted, or the sampler has settled.
 _PATIENCE = 40
+# After so many known ones in a row a random start is put in: the sampler would go on proposing the same.
+_STUCK = 4
 _LEAST, _MOST = 1e-6, 20.0
 
 
@@ -119,7 +121,7 @@ class SamplerSearcher(Searcher):
         warm_starts = max(1, min(self.settings.warm_starts, account.evaluations // 4))
         number = known = 0
         while known < _PATIENCE:
-            if number < warm_starts:
+            if number < warm_starts or known % _STUCK == _STUCK - 1:
                 study.enqueue_trial(genes.start(number, warm_starts, self.settings.spread, rng))
             # The storage does not keep a sampler's state: a seed per trial makes a resumed search the same one.
             own_seed = int(np.random.default_rng([seed, number]).integers(2**31))
@@ -220,6 +222,7 @@ class GPSearcher(SamplerSearcher):
         short.add_trials(self._remembered(finished))
         asked = super()._ask(short, genes, evaluations, seed)
         study.enqueue_trial(asked.params)
+        study.sampler = optuna.samplers.RandomSampler(seed=seed)  # it has nothing left to decide
         return study.ask(genes.distributions)
 
     def _remembered(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
