@@ -88,7 +88,7 @@ def test_a_problem_under_other_limits_shares_its_evaluations() -> None:
     assert problem.feasible((0,) * 4) is False
 
 
-@pytest.mark.parametrize("agent", ["nsga2", "tpe", "auto", "cmaes"])
+@pytest.mark.parametrize("agent", ["nsga2", "tpe", "auto", "cmaes", "knapsack"])
 @pytest.mark.parametrize("macs", [None, 0.9])
 def test_a_front_holds_no_dominated_policy_and_spans_the_costs(agent: str, macs: float | None) -> None:
     problem = make_problem(layers=5, budget=1.0, macs=macs)

@@ -179,6 +179,15 @@ def test_budgets_of_weights_are_kept_exactly(result: Result, task: Task, folder:
     assert found.row("chosen").measured.params_ratio <= 0.4005
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One finalist and one baseline: deploying and fine-tuning the others is not what these tests are about."""
+    monkeypatch.setattr("autoprune.search.pipeline.BASELINES", ("random",))
+    monkeypatch.setattr("autoprune.search.propose.FINALISTS", 1)
+    monkeypatch.setattr("autoprune.search.pipeline.ATTEMPTS", 2)
+
+
+@pytest.mark.usefixtures("few")
 def test_a_kept_accuracy_is_found_confirmed_and_said(result: Result, task: Task, folder: Path) -> None:
     found = _search(task, folder, "kept", budget="", constraint="accuracy=-3%", agent="evolution", evaluations=14)
     chosen, dense = found.row("chosen"), found.row("dense")
@@ -193,10 +202,10 @@ def test_a_kept_accuracy_is_found_confirmed_and_said(result: Result, task: Task,
     assert found.row("random").predicted.latency_us <= max(finalists) * 1.001
 
 
+@pytest.mark.usefixtures("few")
 def test_an_accuracy_missed_on_validation_data_is_asked_for_more_strictly(
-    result: Result, task: Task, folder: Path, monkeypatch: pytest.MonkeyPatch
+    result: Result, task: Task, folder: Path
 ) -> None:
-    monkeypatch.setattr("autoprune.search.pipeline.ATTEMPTS", 2)
     found = _search(task, folder, "strict", budget="", constraint="accuracy=0%", agent="knapsack", evaluations=4)
     guard = RunDir(folder / "strict").guard
     missed = found.row("dense").accuracy.dense - found.row("chosen").accuracy.tuned
@@ -205,6 +214,7 @@ def test_an_accuracy_missed_on_validation_data_is_asked_for_more_strictly(
     assert found.met or "kept the accuracy on the validation data" in found.reason
 
 
+@pytest.mark.usefixtures("few")
 def test_one_run_gives_a_front_and_any_point_of_it_is_a_policy(
     result: Result, task: Task, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +237,7 @@ def test_one_run_gives_a_front_and_any_point_of_it_is_a_policy(
     assert policy.file.measured is None
 
 
+@pytest.mark.usefixtures("few")
 def test_netadapt_keeps_its_family_of_networks_in_the_run(result: Result, task: Task, folder: Path) -> None:
     settings = {"steps": 2, "initial": 0.2}
     name, progress = "adapted", _KillDuring("search", 6)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoprune.cli import options
+from autoprune.search.base import SEARCHERS
 
 if TYPE_CHECKING:
     from autoprune.core.result import Result
@@ -35,7 +36,8 @@ def search(
     data: options.Data = "fashion-mnist",
     data_dir: options.DataDir = None,
     agent: Annotated[
-        str | None, typer.Option(help="Searcher, by name.", show_default="auto; nsga2 with --objective")
+        str | None,
+        typer.Option(help=f"Searcher: {', '.join(SEARCHERS)}.", show_default="auto; nsga2 with --objective"),
     ] = None,
     settings: Annotated[
         list[str] | None,

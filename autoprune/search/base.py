@@ -127,6 +127,14 @@ class Searcher(ABC):
         with contextlib.suppress(EvaluationsSpent):
             self.propose(account, seed)
 
+    def propose_front(self, account: Account, seed: int) -> bool:
+        """Evaluate policies along the whole trade-off between error and every constraint's cost.
+
+        Returns:
+            False, nothing having been done, where the agent searches at one budget at a time.
+        """
+        return False
+
     @abstractmethod
     def propose(self, account: Account, seed: int) -> None:
         """Evaluate policies through ``account`` until it raises ``EvaluationsSpent`` or nothing is left to propose."""

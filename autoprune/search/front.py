@@ -1,6 +1,6 @@
 """Fronts: the policies of a search that no other undercuts in error and every cost, and how to search for them.
 
-Samplers that minimise several objectives at once do so; any other agent is run at one budget after the other.
+Agents that know how to go for a whole front do so; any other is run at one budget after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 from autoprune.core.errors import InfeasibleBudget
 from autoprune.envs.problem import FloatArray, Problem
 from autoprune.search.base import Account, EvaluationsSpent, Progress, Searcher
-from autoprune.search.samplers import SamplerSearcher
 from autoprune.search.study import Study, Trial
 
 # Budgets of a sweep: at most this many, each with at least so many evaluations.
@@ -28,16 +27,18 @@ def search_front(
     """Spend the evaluations on policies between the cheapest and the limits of every constraint.
 
     Args:
-        searcher: Minimises all objectives itself, or is run at several budgets.
+        searcher: Goes for the whole front itself, or is run at several budgets.
         problem: Its limits bound the front.
         study: Records every policy.
         evaluations: Distinct policies in all; of a sweep, policies of one budget count apart from another's.
         seed: Same seed, same policies.
         progress: Told (done, total).
     """
-    if isinstance(searcher, SamplerSearcher) and searcher.several:
-        with contextlib.suppress(EvaluationsSpent):
-            searcher.propose_front(Account(study, searcher.name, evaluations, progress, problem), seed)
+    try:
+        whole = searcher.propose_front(Account(study, searcher.name, evaluations, progress, problem), seed)
+    except EvaluationsSpent:
+        whole = True
+    if whole:
         return
     budgets = _sweep(problem, max(1, min(_BUDGETS, evaluations // _LEAST_EACH)))
     spent = 0

@@ -200,3 +200,17 @@ class KnapsackSearcher(Searcher):
 
     def propose(self, account: Account, seed: int) -> None:
         account.evaluate(solve_problem(account.problem, buckets=self.settings.buckets))
+
+    def propose_front(self, account: Account, seed: int) -> bool:
+        """Evaluate the solver's own front, as many of its policies as are granted, evenly in cost; of one cost only."""
+        problem = account.problem
+        if len(problem.constraints) > 1:
+            return False
+        costs = [costs_CD[:, 0] for costs_CD in problem.costs_LCD]
+        budget = max(float(problem.limits_D[0]), float(problem.cheapest().sum()))
+        front = solve_front(problem.errors_LC, costs, budget, self.settings.buckets)
+        wanted = np.linspace(front.cost_P[-1], front.cost_P[0], account.evaluations)
+        places = np.searchsorted(front.cost_P, wanted * (1.0 + 1e-12), side="right") - 1
+        for place in dict.fromkeys(np.maximum(places, 0).tolist()):
+            account.evaluate(problem.decode_down(front.picks_PL[place].tolist()))
+        return True

@@ -107,9 +107,10 @@ class SamplerSearcher(Searcher):
     def propose(self, account: Account, seed: int) -> None:
         self._run(account, seed, front=False)
 
-    def propose_front(self, account: Account, seed: int) -> None:
-        """Evaluate policies towards the front of error and every constraint's cost."""
-        self._run(account, seed, front=True)
+    def propose_front(self, account: Account, seed: int) -> bool:
+        if self.several:
+            self._run(account, seed, front=True)
+        return self.several
 
     def _run(self, account: Account, seed: int, *, front: bool) -> None:
         # Beside its own warnings Optuna logs which of its optional packages are absent.
