@@ -23,10 +23,12 @@ class Proposed:
     Attributes:
         finalists: Its best policies, the best first.
         problem: Limits under which baselines compete with them.
+        kept: Whether they keep the accuracy asked for, as far as evaluation images tell.
     """
 
     finalists: list[Trial]
     problem: Problem
+    kept: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def propose(searcher: Searcher, goal: Goal, study: Study, grant: Grant, extra: f
         found = search_cheapest(
             searcher, problem, study, grant.evaluations, grant.seed, goal.drop - extra, grant.progress
         )
-        return Proposed(found.trials[:FINALISTS], _within(problem, found.trials[0]))
+        return Proposed(found.trials[:FINALISTS], _within(problem, found.trials[0]), found.kept)
     if goal.objectives:
         search_front(searcher, problem, study, grant.evaluations, grant.seed, grant.progress)
         if not goal.budget.limits:
