@@ -5,9 +5,10 @@ Shapes: L searched layers, C choices of a layer (ragged: one array per layer), D
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -101,11 +102,26 @@ class Problem:
         self._describe = describe or (lambda kind, cost: f"{cost:g}{_UNITS.get(kind, '')}")
         self._memo: dict[Assignment, Quality] = {}
         self._check_shapes()
-        self.limits_D = np.array([constraint.limit for constraint in self.constraints])
         self.costs_LCD = tuple(
             np.stack([np.asarray(constraint.costs[index], dtype=np.float64) for constraint in self.constraints], axis=1)
             for index in range(len(self.layers))
         )
+        self._set_limits()
+
+    def limited(self, limits_D: FloatArray) -> Problem:
+        """Return the same problem under other limits, (D,); both remember each other's evaluations.
+
+        Raises:
+            InfeasibleBudget: No policy meets them.
+        """
+        other = copy.copy(self)
+        pairs = zip(self.constraints, limits_D.tolist(), strict=True)
+        other.constraints = tuple(replace(constraint, limit=limit) for constraint, limit in pairs)
+        other._set_limits()
+        return other
+
+    def _set_limits(self) -> None:
+        self.limits_D = np.array([constraint.limit for constraint in self.constraints])
         self._slack_D = _TOLERANCE * np.maximum(1.0, np.abs(self.limits_D))
         self.suffix_PD = cheapest_suffixes(self.costs_LCD, np.maximum(self.limits_D, 1e-12))
         if not self.allowed(()):

@@ -16,6 +16,7 @@ from autoprune.cli.main import run as cli
 from autoprune.cli.progress import Bars, Lines, make_progress, steps
 from autoprune.cli.record import print_record
 from autoprune.core.errors import AutopruneError, InfeasibleBudget, MeasurementError
+from autoprune.core.front import Front, FrontPoint
 from autoprune.core.policy import Policy
 from autoprune.core.progress import Progress
 from autoprune.core.result import Result
@@ -68,6 +69,8 @@ def test_every_flag_reaches_the_search(searched: list[SearchConfig], tmp_path: P
         "device": "cpu",
         "run": "mine",
         "runs-dir": str(tmp_path),
+        "constraint": "accuracy=-1%",
+        "set": "warm_starts=8",
     }
     argv = ["search", "--fresh", *(part for name, value in flags.items() for part in (f"--{name}", value))]
     assert cli(argv) == 0
@@ -88,8 +91,53 @@ def test_every_flag_reaches_the_search(searched: list[SearchConfig], tmp_path: P
             run="mine",
             runs_dir=tmp_path,
             fresh=True,
+            constraint="accuracy=-1%",
+            settings={"warm_starts": 8},
         )
     ]
+
+
+def test_an_objective_takes_its_own_agent_unless_one_is_named(searched: list[SearchConfig], tmp_path: Path) -> None:
+    argv = ["search", "--objective", "accuracy,latency", "--runs-dir", str(tmp_path)]
+    assert cli(argv) == 0
+    assert cli([*argv, "--agent", "spdy", "--run", "other"]) == 0
+    assert [config.agent for config in searched] == ["nsga2", "spdy"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["search"], "nothing is asked for; give --budget"),
+        (["search", "--constraint", "accuracy=-0.5"], "add the unit"),
+        (["search", "--objective", "accuracy,latancy"], "Did you mean 'latency'"),
+        (["search", "--budget", "latency=50%", "--agent", "tpe", "--set", "spaze=choices"], "Did you mean 'space'"),
+        (["search", "--budget", "latency=50%", "--agent", "random", "--set", "a=1"], "has no settings"),
+        (["pareto", "none", "--export", "1"], "--export and --out: got one of them"),
+        (["pareto"], "got neither"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_anything_is_made(
+    argv: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli([*argv, "--runs-dir", str(tmp_path / "runs")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_pareto_lists_a_runs_front(run: RunDir, policy: Policy, capsys: pytest.CaptureFixture[str]) -> None:
+    predicted = policy.file.predicted
+    point = FrontPoint(trial=7, proposer="nsga2", error=0.031, accuracy=0.91, costs={"latency": 1.0, "size": 2500.0},
+                       predicted=predicted, choices=dict(policy.file.choices))
+    where = ["--runs-dir", str(run.path.parent)]
+    assert cli(["pareto", "made-up", *where]) == 2
+    assert "no " in capsys.readouterr().err
+    Front(objectives=["accuracy", "latency", "size"], points=[point]).save(run.front)
+    assert cli(["pareto", "made-up", *where]) == 0
+    out = capsys.readouterr().out
+    assert "91.00 %" in out
+    assert "2.5 KB" in out
+    assert "nsga2 (trial 7)" in out
+    assert cli(["pareto", "--run", "made-up", "--seed", "5", *where]) == 2
 
 
 def test_defaults_are_the_configurations_own(searched: list[SearchConfig], tmp_path: Path) -> None:
@@ -125,7 +173,9 @@ def test_json_is_one_object_alone_on_stdout(
     assert Path(record["paths"]["policy"]).is_file()
 
 
-@pytest.mark.parametrize("argv", [["search"], ["train"], ["lut", "build"], ["lut", "show"], ["bench"], ["report"]])
+@pytest.mark.parametrize(
+    "argv", [["search"], ["train"], ["lut", "build"], ["lut", "show"], ["bench"], ["report"], ["pareto"]]
+)
 def test_every_command_takes_the_common_flags(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli([*argv, "--help"]) == 0
     words = capsys.readouterr().out.split()
@@ -212,7 +262,7 @@ def test_debug_shows_the_traceback(
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["search"], "Missing option '--budget'. See: autoprune search --help"),
+        (["search"], "nothing is asked for; give --budget latency=50%"),
         (["search", "--budget", "latency=50"], "add a unit: 'latency=50%'"),
         (["search", "--budget", "latency=50%", "--batch", "0"], "--batch"),
         (["search", "--budget", "latency=50%", "--bogus"], "--bogus"),

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from synthetic import make_problem
 
 from autoprune.core.errors import InfeasibleBudget
-from autoprune.search import knapsack
-from autoprune.search.knapsack import pareto, solve, solve_problem
+from autoprune.search.knapsack import pareto, solve, solve_front, solve_problem
 from autoprune.search.moves import Moves, useful_choices
+from autoprune.search.dp_tables import bucket_table, reduced
 
 # Whole numbers: their sums are exact, so that the comparison with brute force needs no tolerance.
 _VALUES = st.integers(0, 30).map(float)
@@ -59,11 +59,11 @@ def test_bucketed_knapsack_keeps_the_budget_and_the_rounding_bound(
 ) -> None:
     errors, costs = tables(problem[0])
     budget = between(costs, problem[1])
-    reduced = [knapsack._reduced(e, c) for e, c in zip(errors, costs, strict=True)]
-    floor = sum(table.floor for table in reduced)
-    table = knapsack._bucket_table(reduced, budget - floor, buckets)
-    picks = table.solution(budget - floor)
-    error, cost = totals(errors, costs, np.array([t.index[p] for t, p in zip(reduced, picks, strict=True)]))
+    layers = [reduced(e, c) for e, c in zip(errors, costs, strict=True)]
+    floor = sum(table.floor for table in layers)
+    table = bucket_table(layers, budget - floor, buckets)
+    (picks,) = table.solutions(np.array([budget - floor]))
+    error, cost = totals(errors, costs, np.array([t.index[p] for t, p in zip(layers, picks, strict=True)]))
     assert cost <= budget + 1e-9
     bound = budget - len(errors) * (budget - floor) / buckets
     if bound >= floor:
@@ -86,6 +86,34 @@ def test_one_table_yields_the_whole_pareto_curve() -> None:
     for budget, (error, cost) in zip(budgets, found, strict=True):
         assert cost <= budget
         assert error == pytest.approx(totals(errors, costs, solve(errors, costs, budget))[0], rel=0.02)
+
+
+@given(_PROBLEMS)
+def test_the_front_of_a_small_space_is_exact(problem: tuple[list[list[tuple[float, float]]], float]) -> None:
+    errors, costs = tables(problem[0])
+    front = solve_front(errors, costs)
+    every = [totals(errors, costs, np.array(p)) for p in itertools.product(*(range(len(row)) for row in errors))]
+    best = {(e, c) for e, c in every if not any((x <= e and y <= c) and (x, y) != (e, c) for x, y in every)}
+    assert {(float(e), float(c)) for e, c in zip(front.error_P, front.cost_P, strict=True)} == best
+    for picks, error, cost in zip(front.picks_PL, front.error_P, front.cost_P, strict=True):
+        assert totals(errors, costs, picks) == (error, cost)
+
+
+def test_the_front_of_a_large_space_is_what_single_budgets_give() -> None:
+    errors, costs = random_tables(30, 12, seed=3)
+    front = solve_front(errors, costs, buckets=4_000)
+    assert len(front.cost_P) > 500
+    assert (np.diff(front.cost_P) > 0).all()
+    assert (np.diff(front.error_P) < 0).all()
+    assert front.error_P[-1] == pytest.approx(sum(float(row.min()) for row in errors))
+    for share in (0.2, 0.5, 0.8):
+        budget = between(costs, share)
+        at = int(np.searchsorted(front.cost_P, budget, side="right")) - 1
+        alone = totals(errors, costs, solve(errors, costs, budget, buckets=4_000))[0]
+        assert front.error_P[at] == pytest.approx(alone, rel=0.02)
+    assert solve_front(errors, costs, between(costs, 0.4)).cost_P[-1] <= between(costs, 0.4)
+    with pytest.raises(InfeasibleBudget):
+        solve_front(errors, costs, 0.0)
 
 
 def test_a_budget_below_the_cheapest_choices_is_infeasible() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,21 @@ import pytest
 from safetensors.torch import load_file
 
 import autoprune
+from autoprune.cli.main import run as cli
 from autoprune.core.errors import DeviceError, InfeasibleBudget, RunError, TableMismatch, UnknownName
+from autoprune.core.front import Front
+from autoprune.core.goal import Goal
 from autoprune.core.policy import Policy
 from autoprune.core.progress import Silent
 from autoprune.core.result import Result
 from autoprune.core.rundir import RunDir
-from autoprune.search.aim import AimFiles, closer, find_margin, off_target
+from autoprune.core.sensitivity import Sensitivity
+from autoprune.report.summary import verdict
+from autoprune.search.aim import AimFiles, Guard, closer, find_margin, off_target
+from autoprune.search.base import Searcher
+from autoprune.search.propose import Grant, Proposed
+from autoprune.search.study import Study
+from autoprune.search_spaces.trace import trace
 from autoprune.tasks.data import DataSet
 from autoprune.tasks.task import Task, load_task
 
@@ -171,6 +181,92 @@ def test_budgets_of_weights_are_kept_exactly(result: Result, task: Task, folder:
     found = _search(task, folder, "params", budget="params=40%", agent="knapsack", evaluations=2)
     assert found.met
     assert found.row("chosen").measured.params_ratio <= 0.4005
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One finalist and one baseline: deploying and fine-tuning the others is not what these tests are about."""
+    monkeypatch.setattr("autoprune.search.pipeline.BASELINES", ("random",))
+    monkeypatch.setattr("autoprune.search.propose.FINALISTS", 1)
+    monkeypatch.setattr("autoprune.search.pipeline.ATTEMPTS", 2)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_kept_accuracy_is_found_confirmed_and_said(result: Result, task: Task, folder: Path) -> None:
+    found = _search(task, folder, "kept", budget="", constraint="accuracy=-3%", agent="evolution", evaluations=14)
+    chosen, dense = found.row("chosen"), found.row("dense")
+    assert (found.goal, found.budget) == ("constraint", "accuracy=-3%")
+    assert found.met == (chosen.accuracy.tuned >= dense.accuracy.dense - 0.03)
+    assert found.met
+    assert chosen.measured.latency_ratio < 1.0
+    assert "The constraint is met" in verdict(found)
+    assert Policy.load(RunDir(folder / "kept").policy).file.budget == "accuracy=-3%"
+    # The baselines had to be no slower than the cheapest finalist.
+    finalists = [row.predicted.latency_us for row in found.rows if row.proposer == "evolution"]
+    assert found.row("random").predicted.latency_us <= max(finalists) * 1.001
+
+
+@pytest.mark.usefixtures("few")
+def test_an_accuracy_missed_on_validation_data_is_asked_for_more_strictly(
+    result: Result, task: Task, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def propose(searcher: Searcher, goal: Goal, study: Study, grant: Grant, extra: float) -> Proposed:
+        asked.append(extra)
+        found = study.problem.limited(0.8 * study.problem.limits_D)
+        return Proposed([searcher.search(found, study, 1)], found)
+
+    monkeypatch.setattr("autoprune.search.pipeline.propose", propose)
+    # Validation data take back half of what the evaluation images promised, at the first attempt.
+    monkeypatch.setattr(Goal, "shortfall", lambda self, accuracy, dense: 0.5 if len(asked) == 1 else 0.0)
+    found = _search(task, folder, "strict", budget="", constraint="accuracy=-1%", agent="knapsack", evaluations=1)
+    assert asked == [0.0, 0.5]
+    assert Guard(RunDir(folder / "strict").guard).load() == 0.5
+    assert not list((folder / "strict").glob("tuned-*"))
+    assert found.met
+
+
+@pytest.mark.usefixtures("few")
+def test_one_run_gives_a_front_and_any_point_of_it_is_a_policy(
+    result: Result, task: Task, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = _search(task, folder, "front", budget="", objective="accuracy,latency,params", agent="nsga2",
+                    evaluations=12)
+    assert found.goal == "front"
+    assert found.met
+    front = Front.load(RunDir(folder / "front"))
+    assert front.objectives == ["accuracy", "latency", "params"]
+    assert len(front.points) >= 3
+    assert cli(["pareto", "front", "--runs-dir", str(folder), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [point["trial"] for point in listed["points"]] == [point.trial for point in front.points]
+    out = folder / "point.json"
+    assert cli(["pareto", "front", "--runs-dir", str(folder), "--export", "2", "--out", str(out)]) == 0
+    assert "predicted only" in capsys.readouterr().out
+    policy = Policy.load(out)
+    policy.check_model(trace(task.model, task.example))
+    assert policy.file.choices == front.points[1].choices
+    assert policy.file.measured is None
+
+
+@pytest.mark.usefixtures("few")
+def test_netadapt_keeps_its_family_of_networks_in_the_run(result: Result, task: Task, folder: Path) -> None:
+    settings = {"steps": 2, "initial": 0.2}
+    name, progress = "adapted", _KillDuring("search", 6)
+    asked = {"agent": "netadapt", "evaluations": 12, "settings": settings, "budget": "params=60%"}
+    with pytest.raises(_Killed):
+        _search(task, folder, name, progress, **asked)
+    found = _search(task, folder, name, **asked)
+    run = RunDir(folder / name)
+    members = json.loads(run.family_record.read_text(encoding="utf-8"))
+    assert len(members) >= 2
+    for number in range(1, len(members) + 1):
+        weights = load_file(run.family(number))
+        assert {key.partition(".")[0] for key in weights} >= {"layer3", "fc"}
+    assert not run.family(len(members) + 1).exists()
+    assert found.row("chosen").proposer == "netadapt"
+    assert Sensitivity.load(run.sensitivity).layers
 
 
 def test_the_aim_settles_where_the_measurement_meets_the_budget() -> None:

@@ -15,6 +15,7 @@ from autoprune.core.errors import RunError
 from autoprune.core.policy import Policy
 from autoprune.core.result import Result
 from autoprune.core.rundir import RunDir
+from autoprune.core.sensitivity import CurvePoint, LayerCurve, Sensitivity
 from autoprune.report.explain import explain
 from autoprune.report.html import render, write_report
 from autoprune.report.plots import figures
@@ -233,3 +234,25 @@ def test_front_holds_exactly_the_unbeaten_points(points: list[tuple[float, float
 
     front = [points[index] for index in pareto_front(points)]
     assert sorted(front) == sorted({point for point in points if not beaten(point)})
+
+
+def test_sensitivity_curves_are_plotted_where_a_run_has_them(run: RunDir) -> None:
+    rows = (("dense", 1.0, 0.0), ("fine(keep=0.5)", 0.5, 0.02), ("block(keep=0.5,filters=16)", 0.5, 0.05))
+    points = [CurvePoint(choice=choice, density=density, error=error) for choice, density, error in rows]
+    curves = Sensitivity(threshold=0.03, layers=[LayerCurve(layer="layer1.0.conv1", points=points)])
+    assert 'id="sensitivity"' not in write_report(run).read_text(encoding="utf-8")
+    curves.save(run.sensitivity)
+    text = write_report(run).read_text(encoding="utf-8")
+    assert 'id="sensitivity"' in text
+    assert "threshold 0.0300 nats" in text
+    assert "fine(keep=0.5)" in text.partition('id="sensitivity-data"')[2]
+    run.sensitivity.write_text("{", encoding="utf-8")
+    with pytest.raises(RunError, match="damaged"):
+        write_report(run)
+
+
+def test_the_verdict_names_what_was_asked_for(result: Result) -> None:
+    kept = result.model_copy(update={"goal": "constraint", "budget": "accuracy=-0.5%"})
+    assert verdict(kept).startswith("The constraint is met: asked was accuracy=-0.5%")
+    front = result.model_copy(update={"goal": "front", "budget": "accuracy+latency"})
+    assert verdict(front).startswith("A front was asked for")

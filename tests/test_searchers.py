@@ -17,7 +17,24 @@ from autoprune.search.random_search import random_assignment
 from autoprune.search.study import Study
 from autoprune.search.uniform import uniform_assignments
 
-_EVALUATIONS = {"knapsack": 1, "uniform": 8, "random": 12, "tpe": 14, "ddpg": 10, "auto": 16}
+_EVALUATIONS = {
+    "annealing": 14,
+    "auto": 16,
+    "cmaes": 14,
+    "ddpg": 10,
+    "evolution": 16,
+    "gp": 5,
+    "knapsack": 1,
+    "netadapt": 30,
+    "nsga2": 14,
+    "random": 12,
+    "sensitivity": 5,
+    "spdy": 14,
+    "tpe": 14,
+    "uniform": 8,
+}
+# These have only so much to propose.
+_MAY_STOP_EARLY = ("uniform", "ddpg", "sensitivity", "netadapt")
 
 
 @pytest.fixture(params=sorted(_EVALUATIONS))
@@ -48,10 +65,12 @@ class TestSearcher:
         told: list[tuple[int, int]] = []
         count = _EVALUATIONS[name]
         best = SEARCHERS.get(name)().search(problem, study, count, 0, lambda done, total: told.append((done, total)))
-        assert all(trial.feasible and trial.proposer == name for trial in study.trials)
+        assert all(trial.proposer == name for trial in study.trials)
+        # NetAdapt's way down to the budget lies above it.
+        assert best.feasible if name == "netadapt" else all(trial.feasible for trial in study.trials)
         assert len({trial.assignment for trial in study.trials}) == len(study.trials) == problem.evaluations
         assert told == [(done, count) for done in range(1, len(study.trials) + 1)]
-        assert len(study.trials) == count or (name in ("uniform", "ddpg") and 0 < len(study.trials) <= count)
+        assert len(study.trials) == count or (name in _MAY_STOP_EARLY and 0 < len(study.trials) <= count)
         assert best == study.best(1, name)[0]
 
     def test_same_seed_same_policies(self, name: str) -> None:
@@ -103,7 +122,7 @@ class TestSearcher:
     def test_ends_on_a_space_of_few_policies(self, name: str) -> None:
         problem = make_problem(layers=1, budget=0.2)
         study = Study(problem)
-        best = SEARCHERS.get(name)().search(problem, study, 200 if name != "ddpg" else 20, 0)
+        best = SEARCHERS.get(name)().search(problem, study, 20 if name in ("ddpg", "gp") else 200, 0)
         assert best.feasible
         assert len(study.trials) <= problem.sizes[0]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from autoprune.cli import bench, compare, evaluate, lut, report, search, train
+from autoprune.cli import bench, compare, evaluate, lut, pareto, report, search, train
 from autoprune.core.errors import AutopruneError
 from autoprune.core.launch import launched_rank, launched_size
 
@@ -32,6 +32,7 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("report")(report.report)
+app.command("pareto")(pareto.pareto)
 app.add_typer(lut.app, name="lut")
 
 

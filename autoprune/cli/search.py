@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoprune.cli import options
+from autoprune.search.base import SEARCHERS
 
 if TYPE_CHECKING:
     from autoprune.core.result import Result
@@ -15,15 +16,33 @@ if TYPE_CHECKING:
 
 def search(
     budget: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="What the network may cost: latency=50%, latency=8ms, speedup=2x, macs=50%, size=1MB, memory=2MB."
+            help="What the network may cost: latency=50%, latency=8ms, speedup=2x, macs=50%, size=1MB, memory=2MB.",
+            show_default="none; needed unless --constraint or --objective is given",
         ),
-    ],
+    ] = None,
+    constraint: Annotated[
+        str | None, typer.Option(help="Accuracy to keep at the least latency: accuracy=-0.5%.", show_default="none")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="A Pareto front instead of one policy: accuracy with latency, size, macs or params, by commas.",
+            show_default="none",
+        ),
+    ] = None,
     model: options.Model = "resnet20",
     data: options.Data = "fashion-mnist",
     data_dir: options.DataDir = None,
-    agent: Annotated[str, typer.Option(help="Searcher; auto takes the one that suits the budget.")] = "auto",
+    agent: Annotated[
+        str | None,
+        typer.Option(help=f"Searcher: {', '.join(SEARCHERS)}.", show_default="auto; nsga2 with --objective"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the agent, such as warm_starts=8; repeatable."),
+    ] = None,
     space: options.SpaceByDevice = None,
     table: Annotated[
         str | None,
@@ -46,19 +65,25 @@ def search(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Find the sparsity of every layer that meets a measured budget with the least loss of accuracy."""
+    """Find the sparsity of every layer that meets a measured budget with the least loss of accuracy.
+
+    With --constraint: that keeps an accuracy at the least latency. With --objective: every trade-off between them
+    (autoprune pareto lists it).
+    """
     from autoprune.cli.progress import working
-    from autoprune.core.budget import parse_budget
+    from autoprune.core.goal import parse_goal
     from autoprune.core.rundir import RunDir
     from autoprune.core.undo import undone_when_refused
     from autoprune.report.html import write_report
-    from autoprune.search.config import SearchConfig
+    from autoprune.search.base import parse_settings
+    from autoprune.search.config import DEFAULT_AGENT, DEFAULT_FRONT_AGENT, SearchConfig
     from autoprune.search.elsewhere import default_space
     from autoprune.search.pipeline import run_search
 
-    parse_budget(budget)  # a wrong budget is refused before anything heavy starts
+    parse_goal(budget or "", constraint, objective)  # a wrong one is refused before anything heavy starts
+    agent = agent or (DEFAULT_FRONT_AGENT if objective else DEFAULT_AGENT)
     config = SearchConfig(
-        budget=budget,
+        budget=budget or "",
         model=model,
         data=data,
         data_dir=data_dir,
@@ -73,12 +98,16 @@ def search(
         run=run,
         runs_dir=runs_dir,
         fresh=fresh,
+        constraint=constraint,
+        objective=objective,
+        settings=parse_settings(agent, settings) if settings else None,
     )
     with undone_when_refused(runs_dir, config.name), working() as progress:
         result = run_search(config, progress)
     folder = RunDir(runs_dir / config.name)
     report = write_report(folder)
-    _show(result, {"policy": folder.policy, "weights": folder.weights, "report": report}, as_json)
+    paths = {"policy": folder.policy, "weights": folder.weights, "front": folder.front, "report": report}
+    _show(result, paths, as_json)
     if not result.met:
         raise typer.Exit(1)
 

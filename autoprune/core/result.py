@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from autoprune.core.errors import RunError
+from autoprune.core.goal import GoalKind
 from autoprune.core.policy import Accuracy, Cost
 from autoprune.core.rundir import write_text
 
@@ -91,6 +92,7 @@ class Result(BaseModel):
         latency_limit_us: The latency budget in µs, if there is one.
         chosen_trial: Number of the trial that was chosen.
         run: Name of the run.
+        goal: What ``budget`` says: a budget, an accuracy to keep, or the costs of a front.
         reason: Why the budget was missed, or the search ended early; empty otherwise.
         predicted_for: The machine whose table predicted the latencies, of which nothing was measured here; empty where
             networks were deployed and timed.
@@ -121,6 +123,7 @@ class Result(BaseModel):
     reason: str = ""
     predicted_for: str = ""
     left_out: list[str] = Field(default_factory=list)
+    goal: GoalKind = "budget"
 
     def row(self, name: str) -> Row | None:
         """Return the closing table's row of that name, if there is one."""

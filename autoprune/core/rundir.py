@@ -263,6 +263,30 @@ class RunDir:
         make_folder(folder)
         return folder / f"{run_name(label)}.json"
 
+    @property
+    def front(self) -> Path:
+        """Every policy that no other undercuts in error and cost."""
+        return self.path / "front.json"
+
+    @property
+    def sensitivity(self) -> Path:
+        """Error of each layer's choices, the others left dense."""
+        return self.path / "sensitivity.json"
+
+    @property
+    def guard(self) -> Path:
+        """Accuracy asked for beyond a constraint's."""
+        return self.path / "guard.json"
+
+    @property
+    def family_record(self) -> Path:
+        """How each network of a family of models came about."""
+        return self.path / "family.json"
+
+    def family(self, number: int) -> Path:
+        """Weights of one network of a family, from 1."""
+        return self.path / f"family-{number:03d}.safetensors"
+
     def tuned(self, label: str) -> Path:
         """Fine-tuned weights of one candidate policy."""
         return self.path / f"tuned-{label}.safetensors"

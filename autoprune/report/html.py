@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs no network, made from ``result.json`` and ``policy.json`` alone."""
+"""The report of a run: one HTML file that needs no network, made from the JSON files of the run alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 from autoprune.core.policy import Policy, PolicyFile
 from autoprune.core.result import Result
 from autoprune.core.rundir import RunDir, write_text
+from autoprune.core.sensitivity import Sensitivity
 from autoprune.report.explain import explain
 from autoprune.report.plots import figures
 from autoprune.report.summary import (
@@ -35,13 +36,13 @@ def write_report(run: RunDir) -> Path:
     """
     result = Result.load(run.result)
     policy = Policy.load(run.policy).file if run.policy.exists() else None
-    write_text(run.report, render(result, policy))
+    write_text(run.report, render(result, policy, Sensitivity.load(run.sensitivity)))
     return run.report
 
 
-def render(result: Result, policy: PolicyFile | None = None) -> str:
+def render(result: Result, policy: PolicyFile | None = None, sensitivity: Sensitivity | None = None) -> str:
     """Return the report as HTML text."""
-    plots = {name: Markup(text) for name, text in figures(result).items()}
+    plots = {name: Markup(text) for name, text in figures(result, sensitivity).items()}
     return environment().get_template("template.html.j2").render(
         result=result,
         policy=policy,

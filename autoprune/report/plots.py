@@ -12,7 +12,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from autoprune.core.result import LayerRow, Result, TrialRow
-from autoprune.report.summary import pareto_front, percent, time_text
+from autoprune.core.sensitivity import CurvePoint, LayerCurve, Sensitivity
+from autoprune.report.summary import pareto_front, percent, significant, time_text
 
 BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY = "#2f7fc1", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a8f98"
 _KIND_LOOKS = {  # colour, hatch
@@ -28,12 +29,13 @@ _OTHER_LOOK = (GREEN, "|")
 SERIES = ((BLUE, "circle"), (ORANGE, "square"), (GREEN, "diamond"), (PINK, "triangle-up"), (SKY, "cross"), (GREY, "x"))
 
 
-def figures(result: Result) -> dict[str, str]:
-    """Return plot name → figure as JSON; a plot whose data the result lacks is left out."""
+def figures(result: Result, sensitivity: Sensitivity | None = None) -> dict[str, str]:
+    """Return plot name → figure as JSON; a plot whose data are absent is left out."""
     made = {
         "layers": layer_figure(result.layers) if result.layers else None,
         "trials": trial_figure(result) if result.trials else None,
         "fidelity": fidelity_figure(result) if result.fidelity else None,
+        "sensitivity": sensitivity_figure(sensitivity) if sensitivity is not None else None,
     }
     return {name: as_json(figure) for name, figure in made.items() if figure is not None}
 
@@ -223,3 +225,39 @@ def fidelity_figure(result: Result) -> go.Figure:
     figure.update_xaxes(title_text="measured, end to end (µs)", range=[low, high])
     figure.update_yaxes(title_text="predicted from the table (µs)", range=[low, high])
     return figure
+
+
+def sensitivity_figure(sensitivity: Sensitivity) -> go.Figure:
+    """Return each layer's error alone against the weights it keeps, and the threshold that would meet the budget."""
+    figure = go.Figure()
+    count = max(1, len(sensitivity.layers) - 1)
+    for index, curve in enumerate(sensitivity.layers):
+        rows = _best_by_density(curve)
+        figure.add_scatter(
+            x=[100.0 * point.density for point in rows],
+            y=[point.error for point in rows],
+            customdata=[point.choice for point in rows],
+            mode="lines+markers",
+            name=curve.layer,
+            line={"color": f"hsl({round(300.0 * index / count)},55%,50%)", "width": 1.5},
+            marker={"size": 5},
+            hovertemplate=f"{curve.layer}<br>%{{customdata}}: %{{y:.3g}} nats<extra></extra>",
+        )
+    figure = laid_out(figure, height=480)
+    if sensitivity.threshold is not None and sensitivity.threshold > 0.0:
+        label = {"annotation_text": f"threshold {significant(sensitivity.threshold)} nats"}
+        line = {"color": RED, "dash": "dash", "width": 1.5}
+        figure.add_hline(y=sensitivity.threshold, line=line, annotation_font_color=RED, **label)
+    figure.update_xaxes(title_text="weights kept in the layer (%)")
+    figure.update_yaxes(title_text="error with only this layer pruned (nats)", type="log", dtick="D2")
+    figure.update_layout(legend={"orientation": "v", "yanchor": "top", "y": 1.0, "x": 1.02})
+    return figure
+
+
+def _best_by_density(curve: LayerCurve) -> list[CurvePoint]:
+    """Return the best choice of every density; one without error has no place on a logarithmic axis."""
+    best: dict[float, CurvePoint] = {}
+    for point in sorted(curve.points, key=lambda point: -point.error):
+        if point.error > 0.0:
+            best[point.density] = point
+    return [best[density] for density in sorted(best)]

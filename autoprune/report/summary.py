@@ -75,7 +75,10 @@ def verdict(result: Result) -> str:
         return f"No policy was found for {asked}." + _reason(result)
     parts = [_latency_clause(result, chosen), _accuracy_clause(chosen)]
     found = ", ".join(part for part in parts if part)
-    state = "The budget is met" if result.met else "The budget is missed"
+    if result.goal == "front" and result.met:
+        return f"A front was asked for: {asked}; of it the policy at the bend {found}."
+    thing = "constraint" if result.goal == "constraint" else "budget"
+    state = f"The {thing} is {'met' if result.met else 'missed'}"
     if result.predicted_for:
         state += f" as predicted for {result.predicted_for}, where no network was deployed to verify it"
     return f"{state}: asked was {asked}; the chosen policy {found}." + _reason(result)

@@ -86,3 +86,21 @@ class AimFiles:
         """Store a factor."""
         for path in (self.kept, self.run):
             write_text(path, json.dumps({"margin": margin}) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Accuracy asked for beyond a constraint's, since the evaluation images flattered an earlier attempt."""
+
+    path: Path
+
+    def load(self) -> float:
+        """Return it, a fraction; 0 before the first miss."""
+        try:
+            return float(json.loads(self.path.read_text(encoding="utf-8"))["extra"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0.0  # absent or damaged: the attempt that told it is made again
+
+    def raise_by(self, missed: float) -> None:
+        """Ask for more from now on."""
+        write_text(self.path, json.dumps({"extra": self.load() + missed}) + "\n")

@@ -11,6 +11,8 @@ level against another's; both spend an evaluation on every move, the model spend
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from autoprune.envs.problem import Assignment
@@ -18,41 +20,53 @@ from autoprune.search.base import Account, Searcher
 from autoprune.search.interaction import InteractionModel
 from autoprune.search.knapsack import perturbed_solution
 from autoprune.search.moves import Moves
+from autoprune.search.settings import check_setting
 
 # Proposals in a row that brought nothing new before the space counts as exhausted.
 _PATIENCE = 40
 
 
-class AutoSearcher(Searcher):
-    """Knapsack, then Thompson sampling over pairwise interactions.
+@dataclass(frozen=True, slots=True)
+class AutoSettings:
+    """How the evaluations are spent.
 
-    Args:
+    Attributes:
         starts: Knapsack solutions evaluated first.
         spread: Standard deviation of the logarithm of their random factors.
         parents: Best policies from which each descent starts.
     """
 
-    name = "auto"
+    starts: int = 10
+    spread: float = 0.5
+    parents: int = 3
 
-    def __init__(self, starts: int = 10, spread: float = 0.5, parents: int = 3) -> None:
-        self.starts = starts
-        self.spread = spread
-        self.parents = parents
+    def __post_init__(self) -> None:
+        check_setting("auto", "starts", self.starts, self.starts >= 1, "1 or more")
+        check_setting("auto", "spread", self.spread, self.spread > 0, "above 0")
+        check_setting("auto", "parents", self.parents, self.parents >= 0, "0 or more")
+
+
+class AutoSearcher(Searcher):
+    """Knapsack, then Thompson sampling over pairwise interactions."""
+
+    name = "auto"
+    settings_class = AutoSettings
+    settings: AutoSettings
 
     def propose(self, account: Account, seed: int) -> None:
         rng = np.random.default_rng(seed)
         layers = len(account.problem.layers)
         moves = Moves(account.problem)
         account.evaluate(perturbed_solution(account.problem, np.zeros(layers), 10_000))
-        for _ in range(self.starts - 1):
-            account.evaluate(perturbed_solution(account.problem, rng.normal(0.0, self.spread, layers)))
+        for _ in range(self.settings.starts - 1):
+            account.evaluate(perturbed_solution(account.problem, rng.normal(0.0, self.settings.spread, layers)))
         model = InteractionModel(account.problem.errors_LC)
         known = 0
         while known < _PATIENCE:
             before = account.left
             assignment = self._descend(account, model, moves, rng)
             if assignment is None:
-                assignment = perturbed_solution(account.problem, rng.normal(0.0, self.spread, layers))
+                assignment = perturbed_solution(account.problem, rng.normal(0.0, self.settings.spread, layers))
             account.evaluate(assignment)
             known = known + 1 if account.left == before else 0
 
@@ -65,8 +79,9 @@ class AutoSearcher(Searcher):
         matrix = model.draw(rng)
         met: dict[Assignment, float] = {}
         # One descent sets out from elsewhere: the best policies may all lie in one basin.
-        stranger = perturbed_solution(account.problem, rng.normal(0.0, 2.0 * self.spread, len(account.problem.layers)))
-        for start in [*account.ranked()[: self.parents], stranger]:
+        log_L = rng.normal(0.0, 2.0 * self.settings.spread, len(account.problem.layers))
+        stranger = perturbed_solution(account.problem, log_L)
+        for start in [*account.ranked()[: self.settings.parents], stranger]:
             current = np.array(start)
             value = float(model.predict(matrix, current[None, :])[0])
             while True:

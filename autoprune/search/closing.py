@@ -7,6 +7,8 @@ from importlib.metadata import version
 
 from autoprune.core.budget import Budget
 from autoprune.core.choices import Choice, Dense
+from autoprune.core.front import Front, FrontPoint
+from autoprune.core.goal import GoalKind
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy, PolicyFile, model_fingerprint
 from autoprune.core.result import FidelityPoint, LayerRow, Result, Row, TrialRow
@@ -17,7 +19,8 @@ from autoprune.lut.table import LatencyTable
 from autoprune.search.context import Context
 from autoprune.search.deploy import layer_times_us
 from autoprune.search.elsewhere import Undeployed
-from autoprune.search.finals import Candidate, Finals, meets
+from autoprune.search.finals import Candidate, Finals, meets, predicted_cost
+from autoprune.search.front import non_dominated
 from autoprune.search.study import Study
 
 
@@ -112,7 +115,14 @@ def make_result(
     fit = table.calibration
     assert fit is not None
     chosen = rows[1]
-    feasible: list[bool | None] = [None, *(meets(context.budget, row.cost) for row in rows[1:])]
+    goal = context.goal
+    feasible: list[bool | None] = [
+        None,
+        *(
+            meets(goal.budget, row.cost) and goal.shortfall(row.accuracy.tuned, rows[0].accuracy.dense) == 0.0
+            for row in rows[1:]
+        ),
+    ]
     met = bool(feasible[1])
     how = "measured" if deployer.measures else "predicted"
     trial = next(t for t in study.trials if study.problem.named(t.assignment) == dict(chosen.choices))
@@ -120,7 +130,8 @@ def make_result(
     return Result(
         model=context.task.model_name,
         data=context.task.name,
-        budget=context.budget.text,
+        budget=goal.text,
+        goal=goal.kind,
         agent=config.agent,
         seed=config.seed,
         met=met,
@@ -137,15 +148,39 @@ def make_result(
         latency_limit_us=latency_limit_us(context.budget, references.best_us),
         chosen_trial=trial.number,
         run=config.name,
-        reason="" if met else f"no finalist kept the budget as {how}; the nearest one is shown",
+        reason="" if met else _reason(goal.kind, how),
         predicted_for="" if deployer.measures else table.context.place,
         left_out=left_out(table),
     )
 
 
+def _reason(kind: GoalKind, how: str) -> str:
+    kept = "the accuracy on the validation data" if kind == "constraint" else f"the budget as {how}"
+    return f"no finalist kept {kept}; the nearest one is shown"
+
+
 def table_facts(table: LatencyTable) -> dict[str, str | int | float]:
     """Return the flat fields of a table's context."""
     return {key: value for key, value in table.context.model_dump().items() if isinstance(value, str | int | float)}
+
+
+def save_front(context: Context, finals: Finals, study: Study) -> None:
+    """Write every policy of the study that no other undercuts in error and the costs in question."""
+    points = [
+        FrontPoint(
+            trial=trial.number,
+            proposer=trial.proposer,
+            error=trial.quality.error,
+            accuracy=trial.quality.accuracy,
+            costs=trial.costs,
+            predicted=predicted_cost(context.layers, choices, finals.deployer),
+            choices={name: choice.text for name, choice in choices.items()},
+        )
+        for trial in non_dominated(study.trials)
+        for choices in [study.problem.named(trial.assignment)]
+    ]
+    kinds = [constraint.kind for constraint in study.problem.constraints]
+    Front(objectives=["accuracy", *kinds], points=points).save(context.run.front)
 
 
 def package_versions() -> dict[str, str]:
@@ -163,7 +198,7 @@ def make_policy(context: Context, finals: Finals, chosen: Candidate, study: Stud
         model_fingerprint=model_fingerprint(context.layers),
         space=context.space.fingerprint,
         table=table.hash,
-        budget=context.budget.text,
+        budget=context.goal.text,
         choices={name: choice.text for name, choice in chosen.choices.items()},
         predicted=chosen.predicted,
         measured=chosen.measured,

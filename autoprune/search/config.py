@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from autoprune.core.goal import Goal, parse_goal
 from autoprune.core.rundir import run_name
 
 DEFAULT_EVALUATIONS = 100
 BASELINE_EVALUATIONS = 30
 FINALISTS = 3
+DEFAULT_AGENT = "auto"
+DEFAULT_FRONT_AGENT = "nsga2"
 # A measured latency this far above its budget is a miss.
 TOLERANCE = 0.02
 
@@ -19,7 +23,7 @@ class SearchConfig:
     """Settings of one search; everything but ``runs_dir``, ``run`` and ``fresh`` decides its result.
 
     Attributes:
-        budget: As in ``--budget``.
+        budget: As in ``--budget``; empty where only a constraint or objectives are given.
         model, data: Names; ``data_dir`` the folder of the full data set, None for the data inside the package.
         agent: Searcher.
         space: Preset or YAML file.
@@ -31,13 +35,16 @@ class SearchConfig:
         run: Name of the run's folder; None derives it.
         runs_dir: Folder of all runs.
         fresh: Set an existing run aside.
+        constraint: As in ``--constraint``: the accuracy to keep at the least latency.
+        objective: As in ``--objective``: accuracy and the costs to trade it against.
+        settings: Of the agent, by name.
     """
 
-    budget: str
+    budget: str = ""
     model: str = "resnet20"
     data: str = "fashion-mnist"
     data_dir: Path | None = None
-    agent: str = "auto"
+    agent: str = DEFAULT_AGENT
     space: str = "cpu-default"
     table: str | Path | None = None
     evaluations: int | None = None
@@ -48,11 +55,24 @@ class SearchConfig:
     run: str | None = None
     runs_dir: Path = Path("runs")
     fresh: bool = False
+    constraint: str | None = None
+    objective: str | None = None
+    settings: Mapping[str, object] | None = None
+
+    @property
+    def goal(self) -> Goal:
+        """What is asked for.
+
+        Raises:
+            BudgetError: It cannot be read.
+        """
+        return parse_goal(self.budget, self.constraint, self.objective)
 
     @property
     def name(self) -> str:
         """Name of the run's folder."""
-        return self.run or run_name(self.model, self.budget, self.agent, f"s{self.seed}")
+        asked = [part for part in (self.budget, self.constraint, self.objective) if part]
+        return self.run or run_name(self.model, *asked, self.agent, f"s{self.seed}")
 
     def resolved(self) -> dict[str, object]:
         """Return what decides the result, as JSON values."""

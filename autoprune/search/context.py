@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from autoprune.core.budget import Budget
+from autoprune.core.goal import Goal
 from autoprune.core.layers import LayerSpec
 from autoprune.core.progress import Progress
 from autoprune.core.rundir import Cache, RunDir
@@ -37,7 +38,7 @@ class Context:
     """One search: what was asked, where it is kept, and whom to tell."""
 
     config: SearchConfig
-    budget: Budget
+    goal: Goal
     run: RunDir
     cache: Cache
     task: Task
@@ -45,3 +46,8 @@ class Context:
     space: SearchSpace
     progress: Progress
     clock: Clock
+
+    @property
+    def budget(self) -> Budget:
+        """Limits that the deployed network must keep; none where only a constraint or objectives are given."""
+        return self.goal.budget

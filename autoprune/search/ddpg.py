@@ -286,9 +286,8 @@ class DDPGSearcher(Searcher):
     """
 
     name = "ddpg"
-
-    def __init__(self, settings: DDPGSettings | None = None) -> None:
-        self.settings = settings or DDPGSettings()
+    settings_class = DDPGSettings
+    settings: DDPGSettings
 
     def propose(self, account: Account, seed: int) -> None:
         def score(assignment: Assignment) -> Quality:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,9 @@ import numpy.typing as npt
 from autoprune.core.errors import InfeasibleBudget
 from autoprune.envs.problem import Assignment, FloatArray, IntArray, Problem
 from autoprune.search.base import Account, Searcher
+from autoprune.search.dp_tables import BucketTable, ExactTable, Reduced, bucket_table, exact_table, reduced
 from autoprune.search.moves import Moves
-
-# Below this many states the exact front of (cost, error) sums is kept instead of buckets.
-_EXACT_STATES = 2048
+from autoprune.search.settings import check_setting
 
 
 def solve(
@@ -51,118 +51,77 @@ def pareto(
     Raises:
         InfeasibleBudget: The smallest budget cannot be met.
     """
-    tables = [_reduced(errors, costs) for errors, costs in zip(error_LC, cost_LC, strict=True)]
+    tables = [reduced(errors, costs) for errors, costs in zip(error_LC, cost_LC, strict=True)]
     floor = float(sum(table.floor for table in tables))
     if min(budgets) < floor:
         raise InfeasibleBudget(f"budget {min(budgets):g}; the least cost that can be reached is {floor:g}.")
-    free = max(budgets) - floor
-    exact = _exact_table(tables, free)
-    solver = exact if exact is not None else _bucket_table(tables, free, buckets)
-    picks = [solver.solution(budget - floor) for budget in budgets]
-    rows = [[table.index[pick] for table, pick in zip(tables, row, strict=True)] for row in picks]
-    return np.array(rows, dtype=np.int64)
+    solver = _solver(tables, max(budgets) - floor, buckets)
+    return _named(tables, solver.solutions(np.asarray(budgets, dtype=np.float64) - floor))
 
 
-class _Reduced:
-    """One layer's undominated choices by rising cost and falling error; costs counted from the cheapest."""
+@dataclass(frozen=True, slots=True)
+class Front:
+    """Solutions none of which another undercuts in cost and error, by rising cost; P of them.
 
-    def __init__(self, error_C: FloatArray, cost_C: FloatArray) -> None:
-        finite = np.isfinite(error_C)
-        # Large, but small enough that sums with it still tell the other layers' errors apart.
-        worst = 1e6 * (1.0 + (error_C[finite].max() if finite.any() else 0.0))
-        error_C = np.where(finite, error_C, worst)
-        order = np.lexsort((np.arange(len(error_C)), error_C, cost_C))
-        least = np.minimum.accumulate(error_C[order])
-        keep = np.append(True, error_C[order][1:] < least[:-1])
-        self.index = order[keep]
-        self.error = error_C[self.index]
-        self.floor = float(cost_C[self.index[0]])
-        self.cost = cost_C[self.index] - self.floor
-
-
-def _reduced(errors: npt.ArrayLike, costs: npt.ArrayLike) -> _Reduced:
-    return _Reduced(np.asarray(errors, dtype=np.float64), np.asarray(costs, dtype=np.float64))
-
-
-class _BucketTable:
-    """Least error of the first l layers within b buckets, for every l and b; solutions by walking back.
-
-    Storing the values alone and finding the choices again on the way back halves the work of the forward pass.
+    Attributes:
+        cost_P: Their costs.
+        error_P: Their additive errors.
+        picks_PL: Their choices per layer.
     """
 
-    def __init__(self, tables: Sequence[_Reduced], least_LB: FloatArray, width: float) -> None:
-        self.tables = tables
-        self.least_LB = least_LB
-        self.width = width
-
-    def solution(self, free: float) -> list[int]:
-        buckets = self.least_LB.shape[1] - 1
-        left = buckets if self.width == 0.0 else min(buckets, int(free / self.width))
-        picks: list[int] = []
-        for row in range(len(self.tables), 0, -1):
-            table = self.tables[row - 1]
-            weights = _weights(table, self.width)
-            fits = np.flatnonzero(weights <= left)
-            values = self.least_LB[row - 1, left - weights[fits]] + table.error[fits]
-            pick = int(fits[values.argmin()])
-            picks.append(pick)
-            left -= int(weights[pick])
-        return picks[::-1]
+    cost_P: FloatArray
+    error_P: FloatArray
+    picks_PL: IntArray
 
 
-def _weights(table: _Reduced, width: float) -> IntArray:
-    if width == 0.0:
-        return np.where(table.cost > 0.0, np.iinfo(np.int64).max, 0)
-    # Round the bucket up: rounding down lets the sum exceed the budget.
-    return np.asarray(np.ceil(np.minimum(table.cost / width, 2.0**40)), dtype=np.int64)
+def solve_front(
+    error_LC: Sequence[npt.ArrayLike],
+    cost_LC: Sequence[npt.ArrayLike],
+    budget: float | None = None,
+    buckets: int = 10_000,
+) -> Front:
+    """Return the whole trade-off between cost and error from one table: the cheapest first, the least error last.
+
+    Exact where ``solve`` is; else the solution of every bucket, as far as no other undercuts it.
+
+    Args:
+        error_LC: Per layer (C,).
+        cost_LC: Per layer (C,), finite.
+        budget: Dearest cost of interest; by default that of the least errors.
+        buckets: Resolution of the cost axis.
+    Raises:
+        InfeasibleBudget: Even the cheapest choices exceed the budget.
+    """
+    tables = [reduced(errors, costs) for errors, costs in zip(error_LC, cost_LC, strict=True)]
+    floor = float(sum(table.floor for table in tables))
+    most = float(sum(table.cost[-1] for table in tables))
+    if budget is not None and budget < floor:
+        raise InfeasibleBudget(f"budget {budget:g}; the least cost that can be reached is {floor:g}.")
+    free = most if budget is None else min(most, budget - floor)
+    solver = _solver(tables, free, buckets)
+    rungs_PL = solver.solutions(solver.steps())
+    if free == most:  # rounding up may have left the last bucket's solution short of it
+        rungs_PL = np.vstack([rungs_PL, [len(table.index) - 1 for table in tables]])
+    picks_PL = _named(tables, rungs_PL)
+    error_P, cost_P = _totals(error_LC, picks_PL), _totals(cost_LC, picks_PL)
+    order = np.lexsort((error_P, cost_P))
+    keep = order[np.append(True, error_P[order][1:] < np.minimum.accumulate(error_P[order])[:-1])]
+    return Front(cost_P[keep], error_P[keep], picks_PL[keep])
 
 
-def _bucket_table(tables: Sequence[_Reduced], free: float, buckets: int) -> _BucketTable:
-    width = free / buckets
-    least_LB = np.zeros((len(tables) + 1, buckets + 1))
-    candidate = np.empty(buckets + 1)
-    for row, table in enumerate(tables, start=1):
-        before, now = least_LB[row - 1], least_LB[row]
-        now.fill(np.inf)
-        for weight, error in zip(_weights(table, width).tolist(), table.error.tolist(), strict=True):
-            if weight > buckets:
-                continue
-            size = buckets + 1 - weight
-            np.add(before[:size], error, out=candidate[:size])
-            np.minimum(now[weight:], candidate[:size], out=now[weight:])
-    return _BucketTable(tables, least_LB, width)
+def _totals(value_LC: Sequence[npt.ArrayLike], picks_PL: IntArray) -> FloatArray:
+    columns = [np.asarray(row, dtype=np.float64)[picks_PL[:, layer]] for layer, row in enumerate(value_LC)]
+    return np.asarray(np.sum(columns, axis=0))
 
 
-class _ExactTable:
-    """Every undominated (cost, error) sum of all layers, with the picks that lead to it."""
-
-    def __init__(self, cost_P: FloatArray, picks_PL: IntArray) -> None:
-        self.cost_P = cost_P
-        self.picks_PL = picks_PL
-
-    def solution(self, free: float) -> list[int]:
-        # Sums rise in cost and fall in error: the last one that fits is the best.
-        last = int(np.searchsorted(self.cost_P, free, side="right")) - 1
-        return [int(pick) for pick in self.picks_PL[max(last, 0)]]
+def _named(tables: Sequence[Reduced], rungs_PL: IntArray) -> IntArray:
+    """Return the choices that the tables' rungs stand for, (P, L)."""
+    return np.stack([table.index[rungs_PL[:, layer]] for layer, table in enumerate(tables)], axis=1)
 
 
-def _exact_table(tables: Sequence[_Reduced], free: float) -> _ExactTable | None:
-    """Merge layer after layer, keeping only undominated sums; None when they become too many."""
-    cost_P, error_P = np.zeros(1), np.zeros(1)
-    picks_PL = np.zeros((1, 0), dtype=np.int64)
-    for table in tables:
-        cost = (cost_P[:, None] + table.cost[None, :]).ravel()
-        error = (error_P[:, None] + table.error[None, :]).ravel()
-        order = np.lexsort((error, cost))
-        order = order[cost[order] <= free]
-        least = np.minimum.accumulate(error[order])
-        keep = order[np.append(True, error[order][1:] < least[:-1])]
-        if len(keep) > _EXACT_STATES:
-            return None
-        parents, picks = np.divmod(keep, len(table.cost))
-        cost_P, error_P = cost[keep], error[keep]
-        picks_PL = np.concatenate([picks_PL[parents], picks[:, None]], axis=1)
-    return _ExactTable(cost_P, picks_PL)
+def _solver(tables: Sequence[Reduced], free: float, buckets: int) -> ExactTable | BucketTable:
+    exact = exact_table(tables, free)
+    return exact if exact is not None else bucket_table(tables, free, buckets)
 
 
 def solve_problem(
@@ -218,10 +177,40 @@ def perturbed_solution(problem: Problem, log_L: FloatArray, buckets: int = 2_000
     return solve_problem(problem, scaled, buckets)
 
 
+@dataclass(frozen=True, slots=True)
+class KnapsackSettings:
+    """The solver's.
+
+    Attributes:
+        buckets: Resolution of the cost axis.
+    """
+
+    buckets: int = 10_000
+
+    def __post_init__(self) -> None:
+        check_setting("knapsack", "buckets", self.buckets, 10 <= self.buckets <= 10_000_000, "10 to 10,000,000")
+
+
 class KnapsackSearcher(Searcher):
     """One policy: the knapsack's solution for the measured single-layer errors."""
 
     name = "knapsack"
+    settings_class = KnapsackSettings
+    settings: KnapsackSettings
 
     def propose(self, account: Account, seed: int) -> None:
-        account.evaluate(solve_problem(account.problem))
+        account.evaluate(solve_problem(account.problem, buckets=self.settings.buckets))
+
+    def propose_front(self, account: Account, seed: int) -> bool:
+        """Evaluate the solver's own front, as many of its policies as are granted, evenly in cost; of one cost only."""
+        problem = account.problem
+        if len(problem.constraints) > 1:
+            return False
+        costs = [costs_CD[:, 0] for costs_CD in problem.costs_LCD]
+        budget = max(float(problem.limits_D[0]), float(problem.cheapest().sum()))
+        front = solve_front(problem.errors_LC, costs, budget, self.settings.buckets)
+        wanted = np.linspace(front.cost_P[-1], front.cost_P[0], account.evaluations)
+        places = np.searchsorted(front.cost_P, wanted * (1.0 + 1e-12), side="right") - 1
+        for place in dict.fromkeys(np.maximum(places, 0).tolist()):
+            account.evaluate(problem.decode_down(front.picks_PL[place].tolist()))
+        return True

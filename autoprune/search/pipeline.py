@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from autoprune.core.budget import Budget, parse_budget
 from autoprune.core.choices import Choice
 from autoprune.core.policy import Accuracy
 from autoprune.core.progress import Progress, Silent
@@ -15,18 +15,27 @@ from autoprune.core.result import Result
 from autoprune.core.rundir import Cache, RunDir
 from autoprune.envs.problem import Problem
 from autoprune.lut.device import check_device
-from autoprune.search.aim import AimFiles, closer, find_margin, latency_over_budget, off_target
+from autoprune.search.aim import AimFiles, Guard, closer, find_margin, latency_over_budget, off_target
 from autoprune.search.base import SEARCHERS
-from autoprune.search.closing import make_policy, make_result
-from autoprune.search.config import BASELINE_EVALUATIONS, DEFAULT_EVALUATIONS, FINALISTS, SearchConfig
+from autoprune.search.closing import make_policy, make_result, save_front
+from autoprune.search.config import (
+    BASELINE_EVALUATIONS,
+    DEFAULT_EVALUATIONS,
+    DEFAULT_FRONT_AGENT,
+    TOLERANCE,
+    SearchConfig,
+)
 from autoprune.search.context import Clock, Context
 from autoprune.search.deploy import Deployer
 from autoprune.search.finals import Candidate, Finals, meets, predicted_cost, save_weights
 from autoprune.search.knapsack import solve_problem
 from autoprune.search.latency import Subject, open_latency
 from autoprune.search.memory import Memory, best_bounded, kept_map_bytes, workspace_bounds
+from autoprune.search.propose import Grant, propose, searched_budget
+from autoprune.search.sensitivity import sensitivity_of
 from autoprune.search.setup import Scored, make_problem, measured_space, score_choices, worthwhile
 from autoprune.search.study import Study
+from autoprune.search.workshop import Workshop
 from autoprune.search_spaces.space import load_space
 from autoprune.search_spaces.trace import trace
 from autoprune.tasks.task import Task, load_task
@@ -41,43 +50,53 @@ def run_search(config: SearchConfig, progress: Progress) -> Result:
     Raises:
         AutopruneError: Anything a user can mend; see the subclasses.
     """
-    budget = parse_budget(config.budget)
-    SEARCHERS.get(config.agent)
-    check_device(config.device)
+    _check(config)
     task = load_task(config.model, config.data, data_dir=config.data_dir)
-    return _search(config, budget, task, progress)
+    return _search(config, task, progress)
 
 
 def search(
-    model: nn.Module, task: Task | None = None, *, budget: str, progress: Progress | None = None, **settings: object
+    model: nn.Module,
+    task: Task | None = None,
+    *,
+    budget: str = "",
+    progress: Progress | None = None,
+    **settings: object,
 ) -> Result:
     """Search a policy for a trained network from Python.
 
     Args:
         model: Trained dense network; not modified.
         task: Its data; None for the embedded default's data.
-        budget: As on the command line.
+        budget: As on the command line; empty with ``constraint`` or ``objective`` among the settings.
         progress: Told of the stages.
-        settings: Further fields of ``SearchConfig``.
+        settings: Further fields of ``SearchConfig``; its ``settings`` are the agent's.
     """
+    if settings.get("objective"):
+        settings.setdefault("agent", DEFAULT_FRONT_AGENT)
     config = replace(SearchConfig(budget=budget), **settings)  # type: ignore[arg-type]
-    parsed = parse_budget(budget)
-    SEARCHERS.get(config.agent)
-    check_device(config.device)
+    _check(config)
     base = task or load_task(config.model, config.data, data_dir=config.data_dir)
     model_name = config.model if task is None else task.model_name
     own = replace(base, model=model.eval(), model_name=model_name)
-    return _search(replace(config, model=model_name), parsed, own, progress or Silent())
+    return _search(replace(config, model=model_name), own, progress or Silent())
 
 
-def _search(config: SearchConfig, budget: Budget, task: Task, progress: Progress) -> Result:
+def _check(config: SearchConfig) -> None:
+    """Refuse what cannot be searched before anything is made."""
+    _ = config.goal
+    SEARCHERS.get(config.agent)(config.settings)
+    check_device(config.device)
+
+
+def _search(config: SearchConfig, task: Task, progress: Progress) -> Result:
     layers = trace(task.model, task.example)
     space = load_space(config.space, layers)
     run = RunDir.open(config.runs_dir, config.name, config.resolved(), fresh=config.fresh)
     if run.result.exists():
         progress.note(f"{run.path} is finished; showing its result (--fresh starts over)")
         return Result.load(run.result)
-    context = Context(config, budget, run, Cache(config.runs_dir), task, layers, space, progress, Clock())
+    context = Context(config, config.goal, run, Cache(config.runs_dir), task, layers, space, progress, Clock())
     threads = torch.get_num_threads()
     try:
         result = _stages(context)
@@ -96,11 +115,20 @@ def _stages(context: Context) -> Result:
         space = measured_space(context.space, deployer.table)
         scored = score_choices(context.task, space, context.cache, context.progress)
         scored = worthwhile(scored, deployer.table)
-    finals, candidates, study = _choose(context, deployer, scored)
-    with clock.stage("fine-tune"):
-        rows, models = _tune(context, finals, candidates)
-    with clock.stage("verification"):
-        rows, chosen = _verify(context, finals, rows, models)
+    guard = Guard(context.run.guard)
+    for attempt in range(ATTEMPTS):
+        finals, candidates, study, kept = _choose(context, deployer, scored, guard.load())
+        with clock.stage("fine-tune"):
+            rows, models = _tune(context, finals, candidates)
+        with clock.stage("verification"):
+            rows, chosen = _verify(context, finals, rows, models)
+        missed = context.goal.shortfall(chosen.accuracy.tuned, rows[0].accuracy.dense)
+        if missed == 0.0 or not kept or attempt == ATTEMPTS - 1:
+            break
+        study.close()
+        _discard(context, candidates)
+        guard.raise_by(missed)
+        context.progress.note(f"validation accuracy misses the constraint by {100 * missed:.2f} points: searching on")
     weights = models[chosen.name]
     rows = [rows[0], replace(chosen, name="chosen"), *(row for row in rows[1:] if not row.finalist)]
     network = finals.deployer.deploy(weights, chosen.choices)
@@ -108,23 +136,35 @@ def _stages(context: Context) -> Result:
     policy = make_policy(context, finals, chosen, study)
     save_weights(weights, context.run.weights)
     policy.save(context.run.policy)
+    save_front(context, finals, study)
+    sensitivity_of(study.problem).save(context.run.sensitivity)
     result.save(context.run.result)
-    for candidate in candidates:
-        context.run.tuned(candidate.name).unlink(missing_ok=True)
+    _discard(context, candidates)
     return result
 
 
-def _choose(context: Context, deployer: Deployer, scored: Scored) -> tuple[Finals, list[Candidate], Study]:
-    """Search until a finalist keeps its budget as measured, correcting the aim after each miss."""
-    finals = Finals(
-        context.task, context.layers, scored.database, deployer, context.run, context.progress, context.config.seed
-    )
+def _discard(context: Context, candidates: list[Candidate]) -> None:
+    """Delete the candidates' fine-tuned weights."""
+    for candidate in candidates:
+        context.run.tuned(candidate.name).unlink(missing_ok=True)
+
+
+def _choose(
+    context: Context, deployer: Deployer, scored: Scored, extra: float
+) -> tuple[Finals, list[Candidate], Study, bool]:
+    """Search until a finalist keeps its budget as measured, correcting the aim after each miss.
+
+    The last value tells whether the finalists keep the accuracy asked for, as far as evaluation images tell.
+    """
+    seed = context.config.seed
+    finals = Finals(context.task, context.layers, scored.database, deployer, context.run, context.progress, seed)
     aim = AimFiles(context.run.aim, context.cache.aim(f"{deployer.table.hash}-{context.budget.text}"))
     margin = _margin(context, scored, finals, aim)
     for attempt in range(ATTEMPTS):
         study = Study(_problem(context, scored, deployer, margin), context.run.study)
         with context.clock.stage("search"):
-            finalists = _propose(context, study)
+            workshop = Workshop(context.task, scored.database, context.run, seed)
+            finalists, kept = _propose(context, study, workshop, extra)
         candidates = [
             Candidate(name, proposer, choices, predicted_cost(context.layers, choices, deployer))
             for name, proposer, choices in finalists
@@ -133,10 +173,12 @@ def _choose(context: Context, deployer: Deployer, scored: Scored) -> tuple[Final
             context.progress.stage("verification", len(candidates))
             candidates = finals.time(candidates, {c.name: finals.pruned(c) for c in candidates})
         if not deployer.measures:
-            return finals, candidates, study
+            return finals, candidates, study, kept
         ratio = min(latency_over_budget(context.budget, c.cost) for c in candidates if c.finalist)
-        if not off_target(margin, ratio) or attempt == ATTEMPTS - 1:
-            return finals, candidates, study
+        # Who minimises latency leaves some of a limit on it unused.
+        missed = ratio > 1.0 + TOLERANCE if context.goal.drop is not None else off_target(margin, ratio)
+        if not missed or attempt == ATTEMPTS - 1:
+            return finals, candidates, study, kept
         study.close()
         margin = closer(margin, ratio)
         aim.save(margin)
@@ -145,10 +187,10 @@ def _choose(context: Context, deployer: Deployer, scored: Scored) -> tuple[Final
 
 
 def _problem(context: Context, scored: Scored, deployer: Deployer, margin: float) -> Problem:
-    table, dense_us = deployer.table, deployer.references.best_us
+    table, dense_us, budget = deployer.table, deployer.references.best_us, searched_budget(context.goal)
 
     def pose(memory: Memory | None = None) -> Problem:
-        return make_problem(context.layers, scored, table, context.budget, dense_us, margin, memory)
+        return make_problem(context.layers, scored, table, budget, dense_us, margin, memory)
 
     if context.budget.limit("memory") is None:
         return pose()
@@ -158,8 +200,11 @@ def _problem(context: Context, scored: Scored, deployer: Deployer, margin: float
 
 
 def _margin(context: Context, scored: Scored, finals: Finals, aim: AimFiles) -> float:
-    """Return where to aim, found by deploying the exact solver's policy; at the budget where nothing is deployed."""
-    if not finals.deployer.measures:
+    """Return where to aim, found by deploying the exact solver's policy.
+
+    1 where nothing is deployed, or where no latency is to be kept.
+    """
+    if not finals.deployer.measures or context.budget.limit("latency") is None:
         return 1.0
 
     def probe(margin: float) -> float:
@@ -179,14 +224,19 @@ def _margin(context: Context, scored: Scored, finals: Finals, aim: AimFiles) -> 
     return known
 
 
-def _propose(context: Context, study: Study) -> list[tuple[str, str, dict[str, Choice]]]:
-    """Return (row name, proposer, choices) of the agent's best policies and of each baseline's best."""
-    config, problem = context.config, study.problem
+def _propose(
+    context: Context, study: Study, workshop: Workshop, extra: float
+) -> tuple[list[tuple[str, str, dict[str, Choice]]], bool]:
+    """Return (row name, proposer, choices) of the agent's best policies and of each baseline's best beside them.
+
+    The second value tells whether the agent's keep the accuracy asked for.
+    """
+    config = context.config
     evaluations = config.evaluations or DEFAULT_EVALUATIONS
-    plan = [(config.agent, evaluations)]
-    plan += [(name, min(evaluations, BASELINE_EVALUATIONS)) for name in BASELINES if name != config.agent]
-    context.progress.stage("search", sum(count for _, count in plan))
-    for name, count in plan:
+    baselines = {name: min(evaluations, BASELINE_EVALUATIONS) for name in BASELINES if name != config.agent}
+    context.progress.stage("search", evaluations + sum(baselines.values()))
+
+    def grant(count: int) -> tuple[Grant, Callable[[], None]]:
         done = 0
 
         def told(now: int, total: int) -> None:
@@ -194,13 +244,21 @@ def _propose(context: Context, study: Study) -> list[tuple[str, str, dict[str, C
             context.progress.advance(now - done)
             done = now
 
-        SEARCHERS.get(name)().search(problem, study, count, config.seed, told)
-        context.progress.advance(count - done)
-    best = study.best(FINALISTS, config.agent)
-    rows = [(f"finalist-{rank}", config.agent, problem.named(t.assignment)) for rank, t in enumerate(best, 1)]
-    for name, _ in plan[1:]:
-        rows += [(name, name, problem.named(t.assignment)) for t in study.best(1, name)]
-    return rows
+        return Grant(count, config.seed, told), lambda: told(count, count)
+
+    searcher = SEARCHERS.get(config.agent)(config.settings)
+    searcher.attach(workshop)
+    spend, finish = grant(evaluations)
+    proposed = propose(searcher, context.goal, study, spend, extra)
+    finish()
+    named = study.problem.named
+    rows = [(f"finalist-{n}", config.agent, named(t.assignment)) for n, t in enumerate(proposed.finalists, 1)]
+    for name, count in baselines.items():
+        spend, finish = grant(count)
+        trial = SEARCHERS.get(name)().search(proposed.problem, study, count, config.seed, spend.progress)
+        finish()
+        rows.append((name, name, named(trial.assignment)))
+    return rows, proposed.kept
 
 
 def _tune(
@@ -220,7 +278,8 @@ def _verify(
 ) -> tuple[list[Candidate], Candidate]:
     """Time every row in one interleaved run; return them and the chosen one.
 
-    Chosen is the finalist that keeps the budget with the best validation accuracy; test data comes in afterwards.
+    Chosen is the finalist that keeps the budget with the best validation accuracy, or the fastest that keeps the
+    accuracy asked for; test data comes in afterwards.
     """
     context.progress.stage("verification", len(rows))
     rows = finals.time(rows, models)
@@ -230,7 +289,11 @@ def _verify(
         rows = finals.time(rows, models)
     own = [row for row in rows if row.finalist]
     met = _met(context, rows)
-    chosen = max(met or own, key=lambda row: (row.accuracy.tuned or 0.0, row.accuracy.pruned or 0.0))
+    kept = [row for row in met if context.goal.shortfall(row.accuracy.tuned, rows[0].accuracy.dense) == 0.0]
+    if context.goal.drop is not None and kept:
+        chosen = min(kept, key=lambda row: row.cost.latency_us or 0.0)
+    else:
+        chosen = max(met or own, key=lambda row: (row.accuracy.tuned or 0.0, row.accuracy.pruned or 0.0))
     test = context.task.data.test
     accuracy = chosen.accuracy.model_copy(
         update={

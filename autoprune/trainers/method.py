@@ -6,16 +6,17 @@ A method sees the gradients before each step and the weights after it. It decide
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autoprune.core import settings as settings_of
 from autoprune.core.choices import Choice
-from autoprune.core.registry import Registry, unknown_name
+from autoprune.core.registry import Registry
 from autoprune.trainers.schedule import TrainerError
 
 State = dict[str, Any]
@@ -197,23 +198,8 @@ METHODS: Registry[type[Method]] = Registry("trainer")
 
 
 def read_settings(cls: type[S], method: str, settings: object | None) -> S:
-    """Return the settings of a method from its dataclass, a mapping or None.
-
-    Raises:
-        UnknownName: A setting that the method does not have, with the nearest known one.
-        TrainerError: Settings of another type.
-    """
-    if settings is None:
-        return cls()
-    if isinstance(settings, cls):
-        return settings
-    if not isinstance(settings, Mapping):
-        raise TrainerError(f"settings of trainer '{method}': got {type(settings).__name__}; give a {cls.__name__}.")
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    for name in settings:
-        if name not in known:
-            raise unknown_name(f"setting of trainer '{method}'", str(name), known)
-    return cls(**settings)
+    """Return the settings of a method from its dataclass, a mapping or None; see ``core.settings``."""
+    return settings_of.read_settings(cls, _owner(method), settings)
 
 
 def parse_settings(method: str, texts: Sequence[str]) -> dict[str, object]:
@@ -223,31 +209,7 @@ def parse_settings(method: str, texts: Sequence[str]) -> dict[str, object]:
         UnknownName: No such method or setting.
         TrainerError: A text without '=', or a value that is no number where one is wanted.
     """
-    types = {field.name: str(field.type) for field in fields(METHODS.get(method).settings_class)}
-    values: dict[str, object] = {}
-    for text in texts:
-        name, equals, value = (part.strip() for part in text.partition("="))
-        if name not in types:
-            raise unknown_name(f"setting of trainer '{method}'", name, types)
-        if not equals or not value:
-            raise TrainerError(f"{method} setting '{text}': write it as {name}=value.")
-        values[name] = _parse_value(method, name, types[name], value)
-    return values
-
-
-def _parse_value(method: str, name: str, annotation: str, value: str) -> object:
-    kind = annotation.split("|")[0].strip()
-    try:
-        if kind == "int":
-            return int(value)
-        if kind == "float":
-            return float(value)
-        if kind == "bool":
-            return {"true": True, "false": False}[value.lower()]
-    except (ValueError, KeyError):
-        want = {"int": "a whole number", "float": "a number"}.get(kind, "true or false")
-        raise TrainerError(f"{method} setting {name}={value!r}: must be {want}.") from None
-    return value
+    return settings_of.parse_settings(METHODS.get(method).settings_class, _owner(method), texts)
 
 
 def check_setting(method: str, name: str, value: object, allowed: bool, want: str) -> None:
@@ -256,5 +218,8 @@ def check_setting(method: str, name: str, value: object, allowed: bool, want: st
     Raises:
         TrainerError: ``allowed`` is false.
     """
-    if not allowed:
-        raise TrainerError(f"{method} setting {name}={value!r}: must be {want}.")
+    settings_of.check_setting(_owner(method), name, value, allowed, want)
+
+
+def _owner(method: str) -> settings_of.Owner:
+    return settings_of.Owner("trainer", method, TrainerError)
