@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from synthetic import make_problem
 
 from autoprune.core.errors import InfeasibleBudget
+from autoprune.search.dp_tables import bucket_table, reduced
 from autoprune.search.knapsack import pareto, solve, solve_front, solve_problem
 from autoprune.search.moves import Moves, useful_choices
-from autoprune.search.dp_tables import bucket_table, reduced
 
 # Whole numbers: their sums are exact, so that the comparison with brute force needs no tolerance.
 _VALUES = st.integers(0, 30).map(float)
