@@ -71,6 +71,7 @@ def search(
     (autoprune pareto lists it).
     """
     from autoprune.cli.progress import working
+    from autoprune.core.budget import parse_budget
     from autoprune.core.goal import parse_goal
     from autoprune.core.rundir import RunDir
     from autoprune.core.undo import undone_when_refused
@@ -80,7 +81,10 @@ def search(
     from autoprune.search.elsewhere import default_space
     from autoprune.search.pipeline import run_search
 
-    parse_goal(budget or "", constraint, objective)  # a wrong one is refused before anything heavy starts
+    # What is wrong is refused before anything heavy starts; an empty budget is not the same as none.
+    if budget is not None:
+        parse_budget(budget)
+    parse_goal(budget or "", constraint, objective)
     agent = agent or (DEFAULT_FRONT_AGENT if objective else DEFAULT_AGENT)
     config = SearchConfig(
         budget=budget or "",
