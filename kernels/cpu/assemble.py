@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-from autoprune.kernels.cpu.assemble_common import Row, Work, epilogue, target
+from autoprune.kernels.cpu.assemble_common import Row, Work, epilogue, items, target
 from autoprune.kernels.cpu.assemble_csr import csr_rows
-from autoprune.kernels.cpu.layout import Strides, cover_map, round_up
+from autoprune.kernels.cpu.bands import Share, deal
+from autoprune.kernels.cpu.layout import Strides, cover_cost, round_up
 from autoprune.kernels.cpu.memory import Buffer, Memory
 from autoprune.kernels.cpu.operations import Conv, Elementwise, Operation, Pool
 from autoprune.kernels.cpu.rows import Field, Op
@@ -15,19 +18,26 @@ from autoprune.kernels.cpu.shapes import LANES, vector_registers
 from autoprune.kernels.formats import Blocked
 
 
-def assemble(operation: Operation, memory: Memory, work: Work) -> tuple[list[Row], int]:
+def assemble(operation: Operation, memory: Memory, work: Work, share: Share) -> tuple[list[Row], int]:
     """Return the rows of an operation and the bytes of its packed weights."""
     if isinstance(operation, Conv):
-        return csr_rows(operation, memory, work) if operation.kernel == "csr" else _blocks(operation, memory)
-    if isinstance(operation, Elementwise):
-        return [_elementwise(operation, memory)], 0
-    return [_pool(operation, memory)], 0
+        if operation.kernel == "csr":
+            return csr_rows(operation, memory, work, share)
+        return _blocks(operation, memory, share)
+    row = _elementwise(operation, memory) if isinstance(operation, Elementwise) else _pool(operation, memory)
+    return [row | _lines(operation.out, memory, share)], 0
 
 
-def transfer(buffer: Buffer, memory: Memory, op: Op) -> Row:
+def _lines(buffer: Buffer, memory: Memory, share: Share) -> Row:
+    """Return the fields of a row whose items are a buffer's lines of pixels."""
+    lines, dealt = deal(share, buffer.height, 1, lambda first, last: (float(last - first), list(range(first, last))))
+    return {Field.WAIT: share.wait, Field.MARK: share.mark} | items(np.array(lines, np.int32), dealt, memory)
+
+
+def transfer(buffer: Buffer, memory: Memory, op: Op, share: Share) -> Row:
     """Return the row that copies between a buffer and the user's NCHW tensor."""
     strides = memory.strides[buffer.index]
-    return {
+    return _lines(buffer, memory, share) | {
         Field.OP: op,
         Field.X: memory.at(buffer),
         Field.X_IMAGE: strides.image,
@@ -39,7 +49,7 @@ def transfer(buffer: Buffer, memory: Memory, op: Op) -> Row:
     }
 
 
-def _blocks(conv: Conv, memory: Memory) -> tuple[list[Row], int]:
+def _blocks(conv: Conv, memory: Memory, share: Share) -> tuple[list[Row], int]:
     """Filters in blocks of 32 where the kernel allows it, the remainder in blocks of 16."""
     filters = round_up(conv.weight.shape[0], LANES)
     dense = conv.kernel == "dense"
@@ -52,28 +62,30 @@ def _blocks(conv: Conv, memory: Memory) -> tuple[list[Row], int]:
         if first == last:
             continue
         packed = Blocked.pack(conv.weight[first:last], block, keep_all=dense)
-        row = base | _block_row(conv, packed, memory)
+        row = base | _block_row(conv, packed, memory, share)
         for moved in (Field.OUT, Field.BIAS, *((Field.RES,) if conv.epilogue.residual is not None else ())):
             row[moved] += 4 * first
         rows.append(row)
         size += packed.nbytes
+    rows[0][Field.WAIT], rows[-1][Field.MARK] = share.wait, share.mark
     return rows, size
 
 
-def _block_row(conv: Conv, packed: Blocked, memory: Memory) -> Row:
+def _block_row(conv: Conv, packed: Blocked, memory: Memory, share: Share) -> Row:
     layer, strides = conv.layer, memory.strides[conv.x.index]
     groups, vectors = len(packed.row_ptr) - 1, packed.block // LANES
     channel, tap = np.divmod(packed.positions, layer.window[0] * layer.window[1])
     r, s = np.divmod(tap, layer.window[1])
     offsets = r * layer.dilation[0] * strides.row + s * layer.dilation[1] * strides.pixel + 4 * channel
-    tiles = _block_tiles(conv, memory, vectors, round(len(offsets) / groups))
-    return {
+    mean = round(len(offsets) / groups)
+    cover, dealt = deal(
+        share, conv.out.height, groups, lambda first, last: _cover(first, last, conv.out.width, vectors, mean)
+    )
+    return items(_block_tiles(conv, memory, cover), dealt, memory) | {
         Field.X: memory.at(conv.x, -layer.padding[0], -layer.padding[1]),
         Field.X_IMAGE: strides.image,
         Field.X_ROW: layer.stride[0] * strides.row,
         Field.X_STEP: layer.stride[1] * strides.pixel,
-        Field.TILES: memory.keep(tiles),
-        Field.N_TILES: len(tiles),
         Field.GROUPS: groups,
         Field.VECTORS: vectors,
         Field.POINTERS: memory.keep(packed.row_ptr),
@@ -82,8 +94,15 @@ def _block_row(conv: Conv, packed: Blocked, memory: Memory) -> Row:
     }
 
 
-def _block_tiles(conv: Conv, memory: Memory, vectors: int, entries: int) -> npt.NDArray[np.int32]:
-    cover = cover_map(conv.out.height, conv.out.width, vectors, entries, vector_registers())
+def _cover(
+    first: int, last: int, width: int, vectors: int, entries: int
+) -> tuple[float, list[tuple[int, int, int]]]:
+    """Return predicted cycles and the (variant, row, column) of the tiles of output rows ``first`` … ``last - 1``."""
+    cost, tiles = cover_cost(last - first, width, vectors, entries, vector_registers())
+    return cost, [(variant, first + row, col) for variant, row, col in tiles]
+
+
+def _block_tiles(conv: Conv, memory: Memory, cover: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.int32]:
     variant, row, col = np.array(cover, np.int64).T
     x, out = memory.strides[conv.x.index], memory.strides[conv.out.index]
     residual = conv.epilogue.residual

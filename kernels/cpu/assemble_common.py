@@ -40,6 +40,14 @@ def target(op: Op, buffer: Buffer, memory: Memory) -> Row:
     }
 
 
+def items(
+    listed: npt.NDArray[np.int32], dealt: npt.NDArray[np.int32] | None, memory: Memory
+) -> Row:
+    """Return the fields of a row's items, and of the threads' bands among them if they are dealt."""
+    row: Row = {Field.TILES: memory.keep(listed), Field.N_TILES: len(listed)}
+    return row if dealt is None else row | {Field.BANDS: memory.keep(dealt)}
+
+
 def epilogue(conv: Conv, memory: Memory) -> Row:
     """Return the fields of bias, residual and rectifier."""
     row: Row = {Field.RELU: int(conv.epilogue.relu), Field.BIAS: memory.keep(_padded_bias(conv))}

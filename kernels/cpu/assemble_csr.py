@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from autoprune.core.layers import LayerSpec
-from autoprune.kernels.cpu.assemble_common import Row, Work, epilogue, target
+from autoprune.kernels.cpu.assemble_common import Row, Work, epilogue, items, target
+from autoprune.kernels.cpu.bands import Share, deal
 from autoprune.kernels.cpu.layout import Strides, round_up
 from autoprune.kernels.cpu.memory import Memory
 from autoprune.kernels.cpu.operations import Conv
@@ -16,11 +17,17 @@ from autoprune.kernels.cpu.shapes import CSR_TILES, LANES
 from autoprune.kernels.formats import CSR, aligned
 
 
-def csr_rows(conv: Conv, memory: Memory, work: Work) -> tuple[list[Row], int]:
+def csr_rows(conv: Conv, memory: Memory, work: Work, share: Share) -> tuple[list[Row], int]:
     """Return the rows that gather planes and convolve them, and the bytes of the packed weights."""
     layer, strides = conv.layer, memory.strides[conv.x.index]
     packed = CSR.pack(conv.weight)
-    layout = plan_planes(layer, len(packed.values) / len(conv.weight))
+    mean = len(packed.values) / len(conv.weight)
+    layout = plan_planes(layer, mean)
+    groups = round_up(len(conv.weight), LANES) // LANES
+    covering, dealt = deal(
+        share, conv.out.height, groups * LANES, lambda first, last: layout.cover(layer, mean, first, last)
+    )
+    layout = layout.with_tiles(layer, covering)
     plane, channels = layout.channel_bytes, round_up(conv.x.channels, LANES)
     work.image_bytes = max(work.image_bytes, plane * channels)
     # The same for every layer, so that a network's workspace is exactly its largest layer's.
@@ -33,31 +40,43 @@ def csr_rows(conv: Conv, memory: Memory, work: Work) -> tuple[list[Row], int]:
         Field.WORK_IMAGE: plane * channels,
         Field.PLANE: plane,
         Field.PIXELS: memory.keep(sources),
-        Field.N_VECTORS: len(sources) // LANES,
         Field.CHANNELS: conv.x.channels,
         Field.VECTORS: int(strides.pixel % 64 == 0),
-    }
-    blocks = layout.channel_blocks(conv.x.channels, len(packed.values) / len(conv.weight))
+        Field.WAIT: share.wait,
+    } | _gathers(layer, layout, share, memory)
+    blocks = layout.channel_blocks(conv.x.channels, mean)
     pointers, entries = _entries(layer, packed, layout, blocks)
     tiles, pixels = _csr_tiles(conv, layout)
     row = target(Op.CSR, conv.out, memory) | epilogue(conv, memory)
     row |= {
         Field.OUT: memory.base[conv.out.index],
-        Field.TILES: memory.keep(tiles),
-        Field.N_TILES: len(tiles),
-        Field.GROUPS: round_up(len(conv.weight), LANES) // LANES,
+        Field.WAIT: 0 if dealt is not None else share.wait,
+        Field.MARK: share.mark,
+        Field.GROUPS: groups,
         Field.POINTERS: memory.keep(pointers),
         Field.ENTRIES: memory.keep(entries),
         Field.SHIFTS: layout.shifts,
         Field.BLOCKS: blocks,
         Field.WORK_IMAGE: plane * channels,
         Field.PIXELS: memory.keep(_targets(pixels, memory.strides[conv.out.index])),
-    }
+    } | items(tiles, dealt, memory)
     residual = conv.epilogue.residual
     if residual is not None:
         row[Field.RES] = memory.base[residual.index]
         row[Field.RES_PIXELS] = memory.keep(_targets(pixels, memory.strides[residual.index]))
     return [planar, row], packed.nbytes
+
+
+def _gathers(layer: LayerSpec, layout: PlaneLayout, share: Share, memory: Memory) -> Row:
+    """Return which vectors of the planes are gathered: all of them, or by every thread what its own rows read."""
+    if not share.bands:
+        return items(np.arange(len(layout.planes) * layout.positions // LANES, dtype=np.int32), None, memory)
+    own = [layout.vectors(layer, band.first, band.last) if band.first < band.last else [] for band in share.bands]
+    dealt = np.zeros((len(own), 4), np.int32)
+    ends = np.cumsum([len(vectors) for vectors in own])
+    dealt[1:, 0] = ends[:-1]
+    dealt[:, 1], dealt[:, 2] = dealt[:, 0], ends
+    return items(np.array([vector for vectors in own for vector in vectors], np.int32), dealt, memory)
 
 
 def _sources(conv: Conv, layout: PlaneLayout, strides: Strides) -> npt.NDArray[np.int32]:

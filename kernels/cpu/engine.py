@@ -35,28 +35,53 @@ def _meet(control: int, threads: int) -> None:
 
 
 @njit(nogil=True)
+def _await_neighbours(control: int, thread: int, threads: int, number: int) -> None:
+    """Wait until the threads on both sides have announced ``number``."""
+    for neighbour in (thread - 1, thread + 1):
+        if 0 <= neighbour < threads:
+            spins = 0
+            while watch(_announced(control, neighbour)) < number:
+                pause()
+                spins += 1
+                if spins > SPINS_BEFORE_YIELD:
+                    give_way()
+
+
+@njit(nogil=True)
+def _announced(control: int, thread: int) -> int:
+    """Return the address of what a thread has announced."""
+    return control + 8 * Control.STATE + 128 * thread + 64
+
+
+@njit(nogil=True)
 def _once(control: int, thread: int, times: int) -> None:
     """Run all rows on all images once; ``times``: where to add every row's nanoseconds, or 0."""
     threads, batch = peek(control + 8 * Control.THREADS), peek(control + 8 * Control.BATCH)
     by_image = peek(control + 8 * Control.BY_IMAGE) != 0
+    rows, told = peek(control + 8 * Control.N_ROWS), _announced(control, thread)
+    since = peek(told)  # the same for all threads, since all have run the same rows as often
     begin = batch * thread // threads if by_image else 0
     end = batch * (thread + 1) // threads if by_image else batch
     part, parts, lane = (0, 1, thread) if by_image else (thread, threads, 0)
     before = now_ns() if times != 0 else 0
     while begin < end:
         last = min(begin + peek(control + 8 * Control.CHUNK), end)
-        for i in range(peek(control + 8 * Control.N_ROWS)):
+        for i in range(rows):
             row = peek(control + 8 * Control.TABLE) + ROW_BYTES * i
             user = Control.TARGET if peek(row + 8 * Field.OP) == Op.OUTPUT else Control.SOURCE
-            step(row, peek(control + 8 * user), begin, last, part, parts, lane, thread)
-            if parts > 1:
+            wait = peek(row + 8 * Field.WAIT)
+            if wait < 0:
                 _meet(control, threads)
+            elif wait > 0:
+                _await_neighbours(control, thread, threads, since + wait)
+            step(row, peek(control + 8 * user), begin, last, part, parts, lane, thread, told, since)
             if times != 0:
                 after = now_ns()
                 poke(times + 8 * i, peek(times + 8 * i) + after - before)
                 before = after
         begin = last
-    if by_image and threads > 1:
+    if threads > 1:
+        exchange(told, since + rows + 1)
         _meet(control, threads)
 
 
@@ -82,7 +107,7 @@ def _runs(control: int, thread: int) -> None:
 @njit(nogil=True)
 def _work(control: int, thread: int, seen: int, patience_ns: int) -> int:
     """Serve runs as a worker; return the last one seen when nothing came for ``patience_ns``, or ``STOPPED``."""
-    epoch, state = control + 8 * Control.EPOCH, control + 8 * Control.STATE + 64 * thread
+    epoch, state = control + 8 * Control.EPOCH, control + 8 * Control.STATE + 128 * thread
     since = now_ns()
     while True:
         if watch(control + 8 * Control.STOP) != 0:
@@ -107,7 +132,7 @@ def _announce(control: int) -> int:
     fetch_add(control + 8 * Control.EPOCH, 1)
     asleep = 0
     for thread in range(1, peek(control + 8 * Control.THREADS)):
-        if exchange(control + 8 * Control.STATE + 64 * thread, 0) != 0:
+        if exchange(control + 8 * Control.STATE + 128 * thread, 0) != 0:
             asleep |= 1 << thread
     return asleep
 

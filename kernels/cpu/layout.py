@@ -39,9 +39,16 @@ class Strides:
         return (row + self.halo) * self.row + (col + self.halo) * self.pixel
 
 
-@lru_cache(maxsize=4096)
 def cover_map(height: int, width: int, vectors: int, entries: int, registers: int) -> tuple[tuple[int, int, int], ...]:
-    """Return (variant, row, column) of the block tiles that cover a map in the least predicted time.
+    """Return (variant, row, column) of the block tiles that cover a map in the least predicted time; see ``cover_cost``."""
+    return cover_cost(height, width, vectors, entries, registers)[1]
+
+
+@lru_cache(maxsize=4096)
+def cover_cost(
+    height: int, width: int, vectors: int, entries: int, registers: int
+) -> tuple[float, tuple[tuple[int, int, int], ...]]:
+    """Return the predicted cycles for a group of filters, and (variant, row, column) of the tiles that cover a map.
 
     The map is cut into columns, each as wide as one kind of tile, and every column into tiles from top to bottom.
 
@@ -56,7 +63,7 @@ def cover_map(height: int, width: int, vectors: int, entries: int, registers: in
     for cols in {BLOCK_TILES[v].cols for v in prices}:
         pieces = {v: (BLOCK_TILES[v].rows, cost) for v, cost in prices.items() if BLOCK_TILES[v].cols == cols}
         columns[cols] = _fill(height, pieces)
-    _, widths = _fill(width, {cols: (cols, cost) for cols, (cost, _) in columns.items()})
+    total, widths = _fill(width, {cols: (cols, cost) for cols, (cost, _) in columns.items()})
     tiles, left = [], 0
     for cols in widths:
         top = 0
@@ -64,7 +71,7 @@ def cover_map(height: int, width: int, vectors: int, entries: int, registers: in
             tiles.append((variant, top, left))
             top += BLOCK_TILES[variant].rows
         left += cols
-    return tuple(sorted(tiles, key=lambda tile: tile[1:]))
+    return total, tuple(sorted(tiles, key=lambda tile: tile[1:]))
 
 
 def _prices(vectors: int, entries: int, registers: int) -> dict[int, float]:

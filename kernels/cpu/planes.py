@@ -7,8 +7,9 @@ cache line costs two, so column shifts are left to the tile (see ``tiles``), and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 from autoprune.core.layers import LayerSpec
 from autoprune.kernels.cpu.layout import LATENCY_CYCLES, LOAD_CYCLES, TILE_CYCLES, round_up
@@ -32,6 +33,7 @@ class PlaneLayout:
         planes: (row phase, column phase, lead) of a channel's planes, in their order; position p of a plane holds
             position p + lead of the phase.
         shifts: Column-shift groups; 1 if the column shift is part of the entries' offsets.
+        slot: Predicted cost of a vector load, in loads that cross no cache line.
         tiles: (variant, first position held, first position owned, end of those owned).
     """
 
@@ -39,6 +41,7 @@ class PlaneLayout:
     positions: int
     planes: tuple[tuple[int, int, int], ...]
     shifts: int
+    slot: float
     tiles: tuple[Tile, ...]
 
     @property
@@ -59,6 +62,24 @@ class PlaneLayout:
         if held <= NEAR_BYTES:
             return 1
         return max(1, min(-(-held // BLOCK_BYTES), int(entries / self.shifts / BLOCK_ENTRIES)))
+
+    def cover(self, layer: LayerSpec, entries: float, first: int, last: int) -> tuple[float, list[Tile]]:
+        """Return predicted cycles per filter and the tiles that cover the output rows ``first`` … ``last - 1``."""
+        return _cover_rows((first, last), layer.output_hw[1], self.width, self.shifts - 1, entries, self.slot)
+
+    def with_tiles(self, layer: LayerSpec, tiles: Sequence[Tile]) -> PlaneLayout:
+        """Return the layout with these tiles, its planes as long as they read."""
+        return replace(self, tiles=tuple(tiles), positions=_positions(layer, self.width, tiles))
+
+    def vectors(self, layer: LayerSpec, first: int, last: int) -> list[int]:
+        """Return the numbers of the plane vectors that the output rows ``first`` … ``last - 1`` read, of all planes."""
+        low, high = first * self.width, (last - 1) * self.width + layer.output_hw[1]
+        found: set[int] = set()
+        for r, s in product(range(layer.window[0]), range(layer.window[1])):
+            plane, move, shift = self.place(layer, r, s)
+            begin, end = (low + move) // LANES, -(-(high + move + shift) // LANES)
+            found |= {plane * (self.positions // LANES) + vector for vector in range(begin, end)}
+        return sorted(found)
 
     def place(self, layer: LayerSpec, r: int, s: int) -> tuple[int, int, int]:
         """Return (plane, position in it, column shift) at which tap (r, s) finds the input of output position 0."""
@@ -82,7 +103,7 @@ def plan_planes(layer: LayerSpec, entries: float) -> PlaneLayout:
 def _candidates(layer: LayerSpec, entries: float) -> Iterator[tuple[float, PlaneLayout]]:
     (height, width), (rows, cols) = layer.output_hw, layer.window
     taps = [tap_shift(layer, r, s) for r in range(rows) for s in range(cols)]
-    below, beside = (max(shift[axis] for _, shift in taps) for axis in (0, 1))
+    beside = max(right for _, (_, right) in taps)
     needed = width + beside
     # At stride 1 the zeros right of a row are also the zeros left of the next one.
     least = max(1, needed - layer.padding[1] if layer.stride == (1, 1) else needed)
@@ -93,29 +114,38 @@ def _candidates(layer: LayerSpec, entries: float) -> Iterator[tuple[float, Plane
             cost, tiles = {}, {}
             for slot in {1.0, 1.0 + split * (SPLIT_LOAD - 1.0)}:
                 reach = beside if by_shift else 0
-                cost[slot], tiles[slot] = _cover_positions(height, width, pitch, reach, entries, slot)
+                cost[slot], tiles[slot] = _cover_rows((0, height), width, pitch, reach, entries, slot)
             for copied in {False, split > 0}:
                 leads = {(i, j, move % LANES if copied else 0) for i, j, move in moves}
                 slot = min(cost) if copied else max(cost)
-                end = max(first + LANES * CSR_TILES[variant].vectors for variant, first, _, _ in tiles[slot])
-                positions = round_up(end + below * pitch + beside, LANES)
+                positions = _positions(layer, pitch, tiles[slot])
                 gather = GATHER_CYCLES * len(leads) * positions / LANES * layer.channels / layer.filters
                 layout = PlaneLayout(
-                    pitch, positions, tuple(sorted(leads)), beside + 1 if by_shift else 1, tiles[slot]
+                    pitch, positions, tuple(sorted(leads)), beside + 1 if by_shift else 1, slot, tuple(tiles[slot])
                 )
                 yield cost[slot] + gather, layout
 
 
-def _cover_positions(
-    height: int, width: int, pitch: int, reach: int, entries: float, slot: float
-) -> tuple[float, tuple[Tile, ...]]:
-    """Return predicted cycles per filter and the tiles that cover all outputs of a map laid out in rows of ``pitch``.
+def _positions(layer: LayerSpec, pitch: int, tiles: Sequence[Tile]) -> int:
+    """Return the positions of a plane that is read by ``tiles`` at every shift."""
+    below, beside = (
+        max(tap_shift(layer, r, s)[1][axis] for r in range(layer.window[0]) for s in range(layer.window[1]))
+        for axis in (0, 1)
+    )
+    end = max(first + LANES * CSR_TILES[variant].vectors for variant, first, _, _ in tiles)
+    return round_up(end + below * pitch + beside, LANES)
+
+
+def _cover_rows(
+    rows: tuple[int, int], width: int, pitch: int, reach: int, entries: float, slot: float
+) -> tuple[float, list[Tile]]:
+    """Return predicted cycles per filter and the tiles that cover output rows laid out ``pitch`` positions apart.
 
     A tile's last ``reach`` positions are spoilt, because their right neighbours are in no register.
     """
     room = vector_registers() - 2
     usable = [(v, t) for v, t in enumerate(CSR_TILES) if t.vectors * t.unroll <= room or t.vectors == 1]
-    total = (height - 1) * pitch + width
+    begin, total = rows[0] * pitch, (rows[1] - 1) * pitch + width
 
     def owned_end(start: int, vectors: int) -> int:
         """Return the first output position from ``start`` on that a tile does not serve."""
@@ -127,7 +157,7 @@ def _cover_positions(
     for variant, tile in usable:
         loop = max((tile.vectors * slot + 1) * LOAD_CYCLES, LATENCY_CYCLES / tile.unroll)
         costs[variant] = entries * loop + (reach + 1) * (0.7 * tile.vectors + 4) + 4 * tile.vectors + TILE_CYCLES
-    starts, seen = [0], {0, total}
+    starts, seen = [begin], {begin, total}
     for start in starts:  # grows: every position where some sequence of tiles can begin
         for following in (owned_end(start, tile.vectors) for _, tile in usable):
             if following > start and following not in seen:
@@ -137,9 +167,9 @@ def _cover_positions(
     for start in sorted(starts, reverse=True):
         options = ((v, owned_end(start, tile.vectors)) for v, tile in usable)
         best[start] = min((costs[v] + best[end][0], v, end) for v, end in options if end > start)
-    tiles, position = [], 0
+    tiles, position = [], begin
     while position < total:
         _, variant, end = best[position]
         tiles.append((variant, position // LANES * LANES, position, end))
         position = end
-    return best[0][0], tuple(tiles)
+    return best[begin][0], tiles

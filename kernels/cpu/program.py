@@ -15,6 +15,7 @@ from autoprune.core.errors import ModelError
 from autoprune.core.layers import LayerSpec
 from autoprune.kernels.cpu.assemble import assemble, transfer
 from autoprune.kernels.cpu.assemble_common import Row, Work
+from autoprune.kernels.cpu.bands import ALONE, Share, agree
 from autoprune.kernels.cpu.memory import Buffer, Memory
 from autoprune.kernels.cpu.operations import (
     Conv,
@@ -150,19 +151,26 @@ class Program:
         self._memory = memory = Memory(self._buffers, exact)
         work, table = Work(), list[Row]()
         self._spans: list[tuple[int, int]] = []
+        shares = self._shares()
         if self._input is not None:
-            table.append(transfer(self._input, memory, Op.INPUT))
+            table.append(transfer(self._input, memory, Op.INPUT, shares.pop(0)))
         for operation in self._operations:
-            rows, size = assemble(operation, memory, work)
+            rows, size = assemble(operation, memory, work, shares.pop(0))
             self._spans.append((len(table), len(table) + len(rows)))
             table += rows
             self._weight_bytes += size
         if self._output is not None:
-            table.append(transfer(self._output, memory, Op.OUTPUT))
+            table.append(transfer(self._output, memory, Op.OUTPUT, shares.pop(0)))
         chunk = self._chunk()
         self._place_work(table, work, chunk)
         self._write(table, chunk)
         self._operations.clear()
+
+    def _shares(self) -> list[Share]:
+        """Return what each row's operation is to its threads; those that have images of their own agree on nothing."""
+        if self.threads == 1 or self._by_image:
+            return [ALONE] * (len(self._operations) + 2)
+        return agree(self._operations, self._input, self._output, self.threads)
 
     def _may_be_exact(self, buffer: Buffer) -> bool:
         """Whether nothing reads or writes ``buffer`` in vectors of 16 channels."""
@@ -187,7 +195,7 @@ class Program:
         if work.image_bytes == 0:
             return
         lane_bytes = (chunk if self._by_image else self.batch) * work.image_bytes + 4096 + 64
-        planes = aligned((self.threads if self._by_image else 1, lane_bytes), np.uint8)
+        planes = aligned((self.threads, lane_bytes), np.uint8)
         scratch = aligned((self.threads, work.scratch_bytes + 64), np.uint8)
         self._workspace_bytes += planes.nbytes + scratch.nbytes
         for row in table:

@@ -1,14 +1,14 @@
-"""The instruction row: 48 int64 fields that tell the compiled loop what to do. Strides are bytes, pointers addresses.
+"""The instruction row: 56 int64 fields that tell the compiled loop what to do. Strides are bytes, pointers addresses.
 
-Output pixels are not listed here one by one: ``TILES`` points to a list of tiles (int32 quadruples) that covers one
-image, made once when the program is frozen.
+Output pixels are not listed here one by one: ``TILES`` points to the row's items, made once when the program is frozen:
+tiles that cover one image (int32 quadruples), or numbers (int32) of vectors or of rows of pixels.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
 
-ROW_FIELDS = 48
+ROW_FIELDS = 56
 ROW_BYTES = 8 * ROW_FIELDS
 
 
@@ -42,7 +42,7 @@ class Field(IntEnum):
     RES_STEP = 12
     BIAS = 13
     RELU = 14
-    TILES = 15  # block: (variant, x, out, res) byte offsets; csr: (variant, first position, first pixel index, 0)
+    TILES = 15  # block: (variant, x, out, res) byte offsets; csr: (variant, first position, vectors, first pixel index)
     N_TILES = 16
     GROUPS = 17  # groups of filters: 16 · vectors each (block), 16 each (csr)
     VECTORS = 18
@@ -54,7 +54,6 @@ class Field(IntEnum):
     WORK_IMAGE = 24
     PLANE = 25  # bytes of one channel's planes
     PIXELS = 26  # int32 byte offset of every position's source pixel (planar), output pixel or -1 (csr)
-    N_VECTORS = 27  # planar: vectors of 16 positions in a plane
     SCRATCH = 28  # csr: filter-major tile before the transpose, per thread
     SCRATCH_THREAD = 29
     RES_PIXELS = 30
@@ -75,6 +74,9 @@ class Field(IntEnum):
     IN_HEIGHT = 45
     IN_WIDTH = 46
     BLOCKS = 47  # csr: blocks of input channels
+    BANDS = 48  # int32[threads][4]: a thread's first item, its first inner one, its end; 0: all share all units
+    WAIT = 49  # before the row: number that the neighbours must have announced, 0 for none, -1: all threads meet
+    MARK = 50  # announced when the edge items are done; 0 for nothing
 
 
 class Control(IntEnum):
@@ -95,9 +97,9 @@ class Control(IntEnum):
     BATCH = 33
     CHUNK = 34  # images that go through all rows together
     BY_IMAGE = 35  # 1: every thread has its own images, 0: all share the work of every row
-    STATE = 40  # + 8 · thread: 1 while that worker sleeps
+    STATE = 40  # + 16 · thread: 1 while that worker sleeps; 8 further on: what that thread has announced
 
 
 def control_size(threads: int) -> int:
     """Return the number of int64 in the control block of ``threads`` threads."""
-    return Control.STATE + 8 * (threads + 1)
+    return Control.STATE + 16 * (threads + 1)

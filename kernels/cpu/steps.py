@@ -1,7 +1,7 @@
 """The compiled steps: what one instruction row does.
 
-Every step takes its share ``part`` of ``parts`` of the row's units, so that any number of threads computes the very
-same units in the very same way.
+A row's items are tiles, vectors or lines of one image. A thread does either its own band's items, those at the edge
+first, or its share ``part`` of ``parts`` of the units that all items make on all images.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from autoprune.kernels.cpu.vector import (
     add_vector,
     copy_bytes,
     copy_float,
+    exchange,
     gather_transposed,
     peek,
     peek32,
@@ -29,13 +30,13 @@ def _get(row: int, field: int) -> int:
 
 
 @njit(nogil=True)
-def _block(row: int, first: int, last: int, part: int, parts: int) -> None:
-    n_tiles, groups, images = _get(row, Field.N_TILES), _get(row, Field.GROUPS), last - first
+def _block(row: int, first: int, last: int, begin: int, end: int, part: int, parts: int) -> None:
+    groups, images, n_tiles = _get(row, Field.GROUPS), last - first, end - begin
     units = groups * images * n_tiles
     low, high = units * part // parts, units * (part + 1) // parts
     wide = 64 * _get(row, Field.VECTORS)
     pointers, entries, weights = _get(row, Field.POINTERS), _get(row, Field.ENTRIES), _get(row, Field.WEIGHTS)
-    tiles, bias, residual = _get(row, Field.TILES), _get(row, Field.BIAS), _get(row, Field.RES)
+    tiles, bias, residual = _get(row, Field.TILES) + 16 * begin, _get(row, Field.BIAS), _get(row, Field.RES)
     for group in range(groups):  # the group's weights stay near while its images pass
         start = peek(pointers + 8 * group)
         count = peek(pointers + 8 * group + 8) - start
@@ -54,13 +55,14 @@ def _block(row: int, first: int, last: int, part: int, parts: int) -> None:
 
 
 @njit(nogil=True)
-def _planar(row: int, first: int, last: int, part: int, parts: int, lane: int) -> None:
-    n_vectors, channels, plane = _get(row, Field.N_VECTORS), _get(row, Field.CHANNELS), _get(row, Field.PLANE)
+def _planar(row: int, first: int, last: int, begin: int, end: int, part: int, parts: int, lane: int) -> None:
+    n_vectors, channels, plane = end - begin, _get(row, Field.CHANNELS), _get(row, Field.PLANE)
     work = _get(row, Field.WORK) + lane * _get(row, Field.WORK_THREAD)
+    vectors = _get(row, Field.TILES) + 4 * begin
     groups = (channels + 15) // 16
     units = (last - first) * groups * n_vectors
     for unit in range(units * part // parts, units * (part + 1) // parts):
-        vector, rest = unit % n_vectors, unit // n_vectors
+        vector, rest = peek32(vectors + 4 * (unit % n_vectors)), unit // n_vectors
         group, image = rest % groups, rest // groups
         out = work + image * _get(row, Field.WORK_IMAGE) + 16 * group * plane + 64 * vector
         x = _get(row, Field.X) + (first + image) * _get(row, Field.X_IMAGE) + 64 * group
@@ -74,8 +76,10 @@ def _planar(row: int, first: int, last: int, part: int, parts: int, lane: int) -
 
 
 @njit(nogil=True)
-def _csr(row: int, first: int, last: int, part: int, parts: int, lane: int, thread: int) -> None:
-    n_tiles, groups, images = _get(row, Field.N_TILES), _get(row, Field.GROUPS), last - first
+def _csr(
+    row: int, first: int, last: int, begin: int, end: int, part: int, parts: int, lane: int, thread: int
+) -> None:
+    groups, images, n_tiles = _get(row, Field.GROUPS), last - first, end - begin
     units = images * n_tiles * groups
     shifts, blocks, residual = _get(row, Field.SHIFTS), _get(row, Field.BLOCKS), _get(row, Field.RES)
     pointers, entries = _get(row, Field.POINTERS), _get(row, Field.ENTRIES)
@@ -83,7 +87,7 @@ def _csr(row: int, first: int, last: int, part: int, parts: int, lane: int, thre
     scratch = _get(row, Field.SCRATCH) + thread * _get(row, Field.SCRATCH_THREAD)
     for unit in range(units * part // parts, units * (part + 1) // parts):
         group, rest = unit % groups, unit // groups
-        tile = _get(row, Field.TILES) + 16 * (rest % n_tiles)
+        tile = _get(row, Field.TILES) + 16 * (begin + rest % n_tiles)
         image = rest // n_tiles
         size = 64 * peek32(tile + 8)
         planes = work + image * _get(row, Field.WORK_IMAGE) + 4 * peek32(tile + 4)
@@ -105,90 +109,111 @@ def _csr(row: int, first: int, last: int, part: int, parts: int, lane: int, thre
 
 
 @njit(nogil=True)
-def _add(row: int, first: int, last: int, part: int, parts: int) -> None:
-    height, relu, y = _get(row, Field.HEIGHT), _get(row, Field.RELU), _get(row, Field.Y)
-    width, channels = _get(row, Field.WIDTH), _get(row, Field.CHANNELS)
-    units = (last - first) * height
-    for unit in range(units * part // parts, units * (part + 1) // parts):
-        image, line = first + unit // height, unit % height
-        a = _get(row, Field.X) + image * _get(row, Field.X_IMAGE) + line * _get(row, Field.X_ROW)
-        b = y + image * _get(row, Field.Y_IMAGE) + line * _get(row, Field.Y_ROW) if y != 0 else 0
-        out = _get(row, Field.OUT) + image * _get(row, Field.OUT_IMAGE) + line * _get(row, Field.OUT_ROW)
-        for pixel in range(width):
-            for c in range(channels):
-                b_here = b + pixel * _get(row, Field.STRIDE_W) + 64 * c if y != 0 else 0
-                a_here = a + pixel * _get(row, Field.X_STEP) + 64 * c
-                add_vector(out + pixel * _get(row, Field.OUT_STEP) + 64 * c, a_here, b_here, relu)
+def _add(row: int, image: int, line: int) -> None:
+    relu, y, width, channels = (
+        _get(row, Field.RELU), _get(row, Field.Y), _get(row, Field.WIDTH), _get(row, Field.CHANNELS)
+    )
+    a = _get(row, Field.X) + image * _get(row, Field.X_IMAGE) + line * _get(row, Field.X_ROW)
+    b = y + image * _get(row, Field.Y_IMAGE) + line * _get(row, Field.Y_ROW) if y != 0 else 0
+    out = _get(row, Field.OUT) + image * _get(row, Field.OUT_IMAGE) + line * _get(row, Field.OUT_ROW)
+    for pixel in range(width):
+        for c in range(channels):
+            b_here = b + pixel * _get(row, Field.STRIDE_W) + 64 * c if y != 0 else 0
+            a_here = a + pixel * _get(row, Field.X_STEP) + 64 * c
+            add_vector(out + pixel * _get(row, Field.OUT_STEP) + 64 * c, a_here, b_here, relu)
 
 
 @njit(nogil=True)
-def _pool(row: int, first: int, last: int, part: int, parts: int) -> None:
-    height, width, channels = _get(row, Field.HEIGHT), _get(row, Field.WIDTH), _get(row, Field.CHANNELS)
+def _pool(row: int, image: int, line: int) -> None:
+    width, channels = _get(row, Field.WIDTH), _get(row, Field.CHANNELS)
     window_h, window_w = _get(row, Field.WINDOW_H), _get(row, Field.WINDOW_W)
     line_bytes, step = _get(row, Field.X_ROW), _get(row, Field.X_STEP)
     mean_of = window_h * window_w if _get(row, Field.MEAN) != 0 else 0
-    units = (last - first) * height
-    for unit in range(units * part // parts, units * (part + 1) // parts):
-        image, line = first + unit // height, unit % height
-        top = line * _get(row, Field.STRIDE_H) - _get(row, Field.PAD_H)
-        r0, r1 = max(top, 0), min(top + window_h, _get(row, Field.IN_HEIGHT))
-        out = _get(row, Field.OUT) + image * _get(row, Field.OUT_IMAGE) + line * _get(row, Field.OUT_ROW)
-        x = _get(row, Field.X) + image * _get(row, Field.X_IMAGE) + r0 * line_bytes
-        for pixel in range(width):
-            left = pixel * _get(row, Field.STRIDE_W) - _get(row, Field.PAD_W)
-            q0, q1 = max(left, 0), min(left + window_w, _get(row, Field.IN_WIDTH))
-            for c in range(channels):
-                to = out + pixel * _get(row, Field.OUT_STEP) + 64 * c
-                pool_vector(to, x + q0 * step + 64 * c, r1 - r0, line_bytes, q1 - q0, step, mean_of)
+    top = line * _get(row, Field.STRIDE_H) - _get(row, Field.PAD_H)
+    r0, r1 = max(top, 0), min(top + window_h, _get(row, Field.IN_HEIGHT))
+    out = _get(row, Field.OUT) + image * _get(row, Field.OUT_IMAGE) + line * _get(row, Field.OUT_ROW)
+    x = _get(row, Field.X) + image * _get(row, Field.X_IMAGE) + r0 * line_bytes
+    for pixel in range(width):
+        left = pixel * _get(row, Field.STRIDE_W) - _get(row, Field.PAD_W)
+        q0, q1 = max(left, 0), min(left + window_w, _get(row, Field.IN_WIDTH))
+        for c in range(channels):
+            to = out + pixel * _get(row, Field.OUT_STEP) + 64 * c
+            pool_vector(to, x + q0 * step + 64 * c, r1 - r0, line_bytes, q1 - q0, step, mean_of)
 
 
 @njit(nogil=True)
-def _exchange_user(row: int, user: int, inward: bool, first: int, last: int, part: int, parts: int) -> None:
-    """Copy between the user's NCHW tensor at address ``user`` and a buffer (fields X…)."""
+def _exchange_user(row: int, user: int, inward: bool, image: int, line: int) -> None:
+    """Copy a line between the user's NCHW tensor at address ``user`` and a buffer (fields X…)."""
     channels, height, width = _get(row, Field.CHANNELS), _get(row, Field.HEIGHT), _get(row, Field.WIDTH)
     step = _get(row, Field.X_STEP)
-    units = (last - first) * height
-    for unit in range(units * part // parts, units * (part + 1) // parts):
-        image, line = first + unit // height, unit % height
-        x = _get(row, Field.X) + image * _get(row, Field.X_IMAGE) + line * _get(row, Field.X_ROW)
-        outside = user + 4 * ((image * channels * height + line) * width)
-        if channels == 1 and step == 4:
-            copy_bytes(x if inward else outside, outside if inward else x, 4 * width)
-            continue
-        for c in range(channels):
-            there = outside + 4 * c * height * width
-            for pixel in range(width):
-                here = x + pixel * step + 4 * c
-                if inward:
-                    copy_float(here, there + 4 * pixel)
-                else:
-                    copy_float(there + 4 * pixel, here)
+    x = _get(row, Field.X) + image * _get(row, Field.X_IMAGE) + line * _get(row, Field.X_ROW)
+    outside = user + 4 * ((image * channels * height + line) * width)
+    if channels == 1 and step == 4:
+        copy_bytes(x if inward else outside, outside if inward else x, 4 * width)
+        return
+    for c in range(channels):
+        there = outside + 4 * c * height * width
+        for pixel in range(width):
+            here = x + pixel * step + 4 * c
+            if inward:
+                copy_float(here, there + 4 * pixel)
+            else:
+                copy_float(there + 4 * pixel, here)
 
 
 @njit(nogil=True)
-def step(row: int, user: int, first: int, last: int, part: int, parts: int, lane: int, thread: int) -> None:
+def _lines(row: int, user: int, first: int, last: int, begin: int, end: int, part: int, parts: int) -> None:
+    """Do this thread's share of a row whose items are lines of pixels."""
+    op, lines, count = _get(row, Field.OP), _get(row, Field.TILES) + 4 * begin, end - begin
+    units = (last - first) * count
+    for unit in range(units * part // parts, units * (part + 1) // parts):
+        image, line = first + unit // count, peek32(lines + 4 * (unit % count))
+        if op == Op.ADD:
+            _add(row, image, line)
+        elif op == Op.POOL:
+            _pool(row, image, line)
+        else:
+            _exchange_user(row, user, op == Op.INPUT, image, line)
+
+
+@njit(nogil=True)
+def _items(
+    row: int, user: int, first: int, last: int, begin: int, end: int, part: int, parts: int, lane: int, thread: int
+) -> None:
+    """Do this thread's share of the row's items ``begin`` … ``end - 1`` on images ``first`` … ``last - 1``."""
+    op = _get(row, Field.OP)
+    if op == Op.BLOCK:
+        _block(row, first, last, begin, end, part, parts)
+    elif op == Op.PLANAR:
+        _planar(row, first, last, begin, end, part, parts, lane)
+    elif op == Op.CSR:
+        _csr(row, first, last, begin, end, part, parts, lane, thread)
+    else:
+        _lines(row, user, first, last, begin, end, part, parts)
+
+
+@njit(nogil=True)
+def step(
+    row: int, user: int, first: int, last: int, part: int, parts: int, lane: int, thread: int, told: int, since: int
+) -> None:
     """Do this thread's share of one row on images ``first`` … ``last - 1``.
 
     Args:
         row: Address of the instruction row.
         user: Address of the user's tensor, for rows that copy from or to it.
         first, last: Images.
-        part, parts: Which share of how many.
+        part, parts: Which share of how many, where all threads share the units of all items.
         lane: Number of the workspace to use.
         thread: Number of the scratch memory to use.
+        told: Address of what this thread has announced; ``since`` is what it held before the run.
     """
-    op = _get(row, Field.OP)
-    if op == Op.BLOCK:
-        _block(row, first, last, part, parts)
-    elif op == Op.PLANAR:
-        _planar(row, first, last, part, parts, lane)
-    elif op == Op.CSR:
-        _csr(row, first, last, part, parts, lane, thread)
-    elif op == Op.ADD:
-        _add(row, first, last, part, parts)
-    elif op == Op.POOL:
-        _pool(row, first, last, part, parts)
-    elif op == Op.INPUT:
-        _exchange_user(row, user, True, first, last, part, parts)
-    elif op == Op.OUTPUT:
-        _exchange_user(row, user, False, first, last, part, parts)
+    bands = _get(row, Field.BANDS)
+    if bands == 0:
+        _items(row, user, first, last, 0, _get(row, Field.N_TILES), part, parts, lane, thread)
+        return
+    own = bands + 16 * thread
+    inner = peek32(own + 4)
+    _items(row, user, first, last, peek32(own), inner, 0, 1, thread, thread)
+    if _get(row, Field.MARK) != 0:
+        exchange(told, since + _get(row, Field.MARK))
+    _items(row, user, first, last, inner, peek32(own + 8), 0, 1, thread, thread)
