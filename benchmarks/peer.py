@@ -38,7 +38,7 @@ from autoprune.search.pipeline import run_search
 from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.models import load_weights
 from autoprune.tasks.task import Task, load_task
-from autoprune.trainers.finetune import FinetuneRecipe, finetune
+from autoprune.trainers.finetune import FinetuneRecipe, Teacher, finetune
 from autoprune.trainers.recipe import Recipe, make_optimizer
 
 METHODS = ("magnitude", "taylor", "group-norm")
@@ -189,8 +189,10 @@ def peers(peer: Peer, budgets: list[int], methods: list[str], scopes: list[str])
     for budget, method, scope in [key for key in keys if key not in models]:
         print(f"latency={budget}% {method} {scope}: not reached at a pruning ratio of {_MOST}", flush=True)
 
+    teacher = Teacher(peer.task.model)
+
     def tune(model: nn.Module) -> None:
-        finetune(model.requires_grad_(True), peer.task.model, {}, peer.task.data, FinetuneRecipe(), seed=0)
+        finetune(model.requires_grad_(True), teacher, {}, peer.task.data, FinetuneRecipe(), seed=0)
 
     with side_by_side() as pool:
         list(pool.map(tune, models.values()))

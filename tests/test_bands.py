@@ -142,7 +142,8 @@ def chains(draw: st.DrawFn) -> tuple[list[Operation], int]:
             residual = draw(st.sampled_from([None, *made[out.height]]))
             large = draw(st.booleans()) and draw(st.booleans())
             weight = np.ones((512, 300) if large else spec.weight_shape, np.float32)
-            operations.append(Conv(x, out, spec, weight, np.zeros(16, np.float32), "dense", Epilogue(False, residual), 16))
+            bias, epilogue = np.zeros(16, np.float32), Epilogue(False, residual)
+            operations.append(Conv(x, out, spec, weight, bias, "dense", epilogue, 16))
         elif kind == "add":
             out = buffer(x.height)
             operations.append(Elementwise(x, draw(st.sampled_from([None, *made[x.height]])), out, True))
@@ -201,7 +202,9 @@ def test_bands_cover_every_row_once(height: int, threads: int) -> None:
 
 @given(st.integers(4, 40), st.integers(0, 3), st.integers(0, 3), st.integers(1, 4))
 def test_dealt_items_cover_every_row_once_and_edges_come_first(height: int, top: int, bottom: int, groups: int) -> None:
-    bands = tuple(Band(first, last, min(top, last - first), min(bottom, last - first)) for first, last in cut(height, 2))
+    bands = tuple(
+        Band(first, last, min(top, last - first), min(bottom, last - first)) for first, last in cut(height, 2)
+    )
     items, table = deal(Share(bands, 0, 1), height, groups, lambda a, b: (100.0 * (b - a), list(range(a, b))))
     assert table is not None
     assert sorted(items) == list(range(height))
@@ -221,7 +224,7 @@ def test_deep_networks_equal_torch_on_any_number_of_threads(kernel: str, threads
     program.set_input(x)
     maps = [program.buffer(channels, size, size, halo=2) for _ in range(3)]
     image = torch.randn(1, 3, size, size, generator=generator)
-    expected, buffer, residual = image, x, None
+    outputs, buffer, residual = [image], x, None
     for index in range(14):
         window = (3, 1, 5)[index % 3]
         spec = conv_spec(buffer.channels, channels, size, window, 1, window // 2)
@@ -229,14 +232,12 @@ def test_deep_networks_equal_torch_on_any_number_of_threads(kernel: str, threads
         weight *= torch.rand(spec.weight_shape, generator=generator) < (1.0 if kernel == "block" else 0.3)
         out = maps[index % 3]
         program.conv(buffer, out, spec, weight, None, kernel, Epilogue(True, residual))  # type: ignore[arg-type]
-        before = expected
-        expected = F.conv2d(expected, weight, padding=window // 2)
-        expected = torch.relu(expected + before_last if residual is not None else expected)
-        before_last, residual = before, buffer if index else None
-        buffer = out
+        total = F.conv2d(outputs[-1], weight, padding=window // 2)
+        outputs.append(torch.relu(total if residual is None else total + outputs[-2]))
+        residual, buffer = buffer if index else None, out
     pooled = program.buffer(channels, 1, 1)
     program.global_avg_pool(buffer, pooled)
     program.set_output(pooled)
     program.finish()
     for _ in range(50):
-        torch.testing.assert_close(program.run(image), expected.mean((2, 3)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(program.run(image), outputs[-1].mean((2, 3)), rtol=1e-4, atol=1e-4)

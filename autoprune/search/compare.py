@@ -37,7 +37,7 @@ from autoprune.search_spaces.space import load_space
 from autoprune.search_spaces.trace import trace
 from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.task import Task, load_task
-from autoprune.trainers.finetune import FinetuneRecipe, finetune
+from autoprune.trainers.finetune import FinetuneRecipe, Teacher, finetune
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +177,7 @@ class _Arena:
         self._scores = _SharedScores(scored.evaluator)
         self._scored: Scored = replace(scored, evaluator=self._scores)
         self._tuned: dict[tuple[tuple[str, str], ...], float] = {}
+        self._teacher = Teacher(task.model)
 
     def problem(self, budget: str) -> Problem:
         """Return a new problem of a budget; problems share their scores."""
@@ -241,7 +242,7 @@ class _Arena:
     def _tuned_model(self, pruned: tuple[nn.Module, dict[str, Choice]]) -> nn.Module:
         model, choices = pruned
         # One seed for all: agents are compared, not orders of training images.
-        finetune(model, self.task.model, kept_masks(model, choices), self.task.data, FinetuneRecipe(), seed=0)
+        finetune(model, self._teacher, kept_masks(model, choices), self.task.data, FinetuneRecipe(), seed=0)
         return model
 
     def _accuracy(self, model: nn.Module) -> float:

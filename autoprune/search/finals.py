@@ -30,7 +30,7 @@ from autoprune.tasks.data import Split
 from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.models import load_weights
 from autoprune.tasks.task import Task
-from autoprune.trainers.finetune import FinetuneRecipe, finetune, finetune_steps
+from autoprune.trainers.finetune import FinetuneRecipe, Teacher, finetune, finetune_steps
 
 EVALUATION_BATCH = 50
 
@@ -132,6 +132,7 @@ class Finals:
         self._run = run
         self._progress = progress
         self._seed = seed
+        self._teacher = Teacher(task.model)
 
     @property
     def steps(self) -> int:
@@ -197,7 +198,7 @@ class Finals:
             self._progress.advance(self.steps)
             return
         masks = kept_masks(model, candidate.choices)
-        finetune(model, self.task.model, masks, self.task.data, self.recipe, seed=self._seed, on_step=step)
+        finetune(model, self._teacher, masks, self.task.data, self.recipe, seed=self._seed, on_step=step)
         save_weights(model, path)
 
     def score(self, model: nn.Module, candidate: Candidate, split: Split) -> float:

@@ -33,7 +33,7 @@ from autoprune.search.latency import Subject, open_latency
 from autoprune.search.memory import Memory, best_bounded, kept_map_bytes, workspace_bounds
 from autoprune.search.propose import Grant, propose, searched_budget
 from autoprune.search.sensitivity import sensitivity_of
-from autoprune.search.setup import Scored, make_problem, measured_space, score_choices, worthwhile
+from autoprune.search.setup import Scored, check_reachable, make_problem, measured_space, score_choices, worthwhile
 from autoprune.search.study import Study
 from autoprune.search.workshop import Workshop
 from autoprune.search_spaces.space import load_space
@@ -111,8 +111,9 @@ def _stages(context: Context) -> Result:
     with clock.stage("table"):
         subject = Subject(context.task, context.layers, context.space, context.run, context.cache)
         deployer = open_latency(subject, config, context.progress)
+    space, budget = measured_space(context.space, deployer.table), searched_budget(context.goal)
+    check_reachable(context.layers, space, deployer.table, budget, deployer.references.best_us)
     with clock.stage("layer database"):
-        space = measured_space(context.space, deployer.table)
         scored = score_choices(context.task, space, context.cache, context.progress)
         scored = worthwhile(scored, deployer.table)
     guard = Guard(context.run.guard)

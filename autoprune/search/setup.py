@@ -107,18 +107,55 @@ def _single_errors(
 
 def worthwhile(scored: Scored, table: LatencyTable) -> Scored:
     """Return the choices without those whose kernel is not faster than dense on this machine, or was not measured."""
-    options, errors = {}, []
-    for (layer, choices), row in zip(scored.options.items(), scored.errors, strict=True):
-        dense_us = table.layer_us(layer, Dense())
-        measured = set(table.measured(layer, choices))
-        kept = [
-            index
-            for index, choice in enumerate(choices)
-            if isinstance(choice, Dense) or (choice in measured and table.layer_us(layer, choice) < dense_us)
-        ]
-        options[layer] = tuple(choices[index] for index in kept)
-        errors.append(row[kept])
-    return Scored(options, scored.database, scored.evaluator, tuple(errors))
+    kept = {layer: _faster(layer, choices, table) for layer, choices in scored.options.items()}
+    options = {layer: tuple(scored.options[layer][index] for index in indices) for layer, indices in kept.items()}
+    errors = tuple(row[indices] for row, indices in zip(scored.errors, kept.values(), strict=True))
+    return replace(scored, options=options, errors=errors)
+
+
+def _faster(layer: LayerSpec, choices: Sequence[Choice], table: LatencyTable) -> list[int]:
+    """Return the indices of dense and of the choices that were measured faster."""
+    dense_us = table.layer_us(layer, Dense())
+    measured = set(table.measured(layer, choices))
+    return [
+        index
+        for index, choice in enumerate(choices)
+        if isinstance(choice, Dense) or (choice in measured and table.layer_us(layer, choice) < dense_us)
+    ]
+
+
+def check_reachable(
+    layers: tuple[LayerSpec, ...], space: SearchSpace, table: LatencyTable, budget: Budget, dense_us: float
+) -> None:
+    """Refuse a budget that no policy of the space meets, before anything is scored; a limit on memory comes later.
+
+    Args:
+        layers: All layers of the model.
+        space: Of measured choices.
+        table: Calibrated latency table.
+        budget: What is asked for.
+        dense_us: Latency of the fastest dense execution.
+    Raises:
+        InfeasibleBudget: It cannot be met.
+    """
+    limits = tuple(limit for limit in budget.limits if limit.kind != "memory")
+    if not limits:
+        return
+    options = {
+        layer: tuple(space.choices[layer.name][index] for index in _faster(layer, space.choices[layer.name], table))
+        for layer in space.searched
+    }
+    errors = tuple(np.zeros(len(choices)) for choices in options.values())
+    unscored = Scored(options, LayerDatabase({}, {}), _Unscored(), errors)
+    make_problem(layers, unscored, table, Budget(limits), dense_us)
+
+
+class _Unscored:
+    """Stands in for an evaluator while only costs are in question."""
+
+    def quality(self, choices: Mapping[str, Choice]) -> Quality:
+        """Nothing is known yet."""
+        return Quality(error=float("nan"), accuracy=0.0, seconds=0.0)
 
 
 def make_problem(

@@ -25,7 +25,7 @@ from autoprune.tasks.data import DataSet, Split
 from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.models import load_weights
 from autoprune.tasks.task import Task
-from autoprune.trainers.finetune import FinetuneRecipe, finetune
+from autoprune.trainers.finetune import FinetuneRecipe, Teacher, finetune
 
 
 class Workshop:
@@ -70,6 +70,8 @@ class Workshop:
             steps: Optimizer steps.
         """
         models = [copy.deepcopy(parent) for _ in policies]
+        recipe = FinetuneRecipe(epochs=1)
+        data, teacher = self._part(steps * recipe.batch_size), Teacher(self._task.model)
 
         def train(model: nn.Module, choices: Mapping[str, Choice], layer: str) -> float:
             weights = self._database.policy_weights(choices)
@@ -77,11 +79,9 @@ class Workshop:
                 with torch.no_grad():
                     layer_of(model, layer).weight.copy_(weights[layer])
             recalibrate(model, self._calibration)
-            recipe = FinetuneRecipe(epochs=1)
             masks = {name: weight != 0 for name, weight in weights.items()}
             model.requires_grad_(True)
-            data = self._part(steps * recipe.batch_size)
-            finetune(model, self._task.model, masks, data, recipe, seed=self._seed)
+            finetune(model, teacher, masks, data, recipe, seed=self._seed)
             return accuracy(model, self._images, self._labels, EVALUATION_BATCH)
 
         with side_by_side() as pool:

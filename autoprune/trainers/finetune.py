@@ -6,6 +6,7 @@ network", arXiv 1503.02531): on a few thousand images they say more than the lab
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -41,9 +42,30 @@ class FinetuneRecipe:
     precision: Precision = field(default_factory=native_precision)
 
 
+class Teacher:
+    """A dense network's logits by step, made once for all networks that learn from the same batches.
+
+    Args:
+        model: In eval mode, untouched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known: dict[int, Tensor] = {}
+        self._making = threading.Lock()
+
+    def logits(self, step: int, images: Tensor) -> Tensor:
+        """Return float32 logits (N, classes) of a step's images, the same ones for every network that asks."""
+        with self._making:
+            if step not in self._known:
+                with torch.no_grad():
+                    self._known[step] = self._model(images).float()
+            return self._known[step]
+
+
 def finetune(
     model: nn.Module,
-    teacher: nn.Module,
+    teacher: Teacher,
     masks: Mapping[str, Tensor],
     data: DataSet,
     recipe: FinetuneRecipe,
@@ -55,7 +77,7 @@ def finetune(
 
     Args:
         model: Pruned network; left in eval mode.
-        teacher: Dense network in eval mode, untouched.
+        teacher: The dense network's; shared only by fine-tunes of one recipe and seed on the same data.
         masks: Of the pruned layers.
         data: ``train`` is used.
         recipe: How.
@@ -78,7 +100,9 @@ def finetune(
         index = order[start : start + recipe.batch_size]
         start += recipe.batch_size
         images = data.normalize(augment(data.train.images[index], base, generator))
-        loss = _loss(model, teacher, images, data.train.labels[index], recipe)
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+            logits, target = model(images).float(), teacher.logits(step, images)
+        loss = _loss(logits, target, data.train.labels[index], recipe)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         optimizer.step()
@@ -95,11 +119,7 @@ def finetune_steps(images: int, recipe: FinetuneRecipe) -> int:
     return recipe.epochs * max(1, images // recipe.batch_size)
 
 
-def _loss(model: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, recipe: FinetuneRecipe) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-        logits = model(images).float()
-        with torch.no_grad():
-            target = teacher(images).float()
+def _loss(logits: Tensor, target: Tensor, labels: Tensor, recipe: FinetuneRecipe) -> Tensor:
     t = recipe.temperature
     soft = nn.functional.kl_div(
         torch.log_softmax(logits / t, 1), torch.log_softmax(target / t, 1), log_target=True, reduction="batchmean"

@@ -95,8 +95,9 @@ def agree(operations: Sequence[Operation], source: Buffer | None, target: Buffer
         steps.append(_Step("band" if target.height >= 2 * threads else "solo", target, [(target, _same)]))
     for step in steps:
         step.edges = [[0, 0] for _ in range(threads)]
-    waits = list(_waits(steps, threads))
-    return [_share(step, number, wait, threads) for number, (step, wait) in enumerate(zip(steps, waits, strict=True), 1)]
+    waits = list(_waits(steps, threads))  # all of them: later steps say which rows of earlier ones matter
+    numbered = enumerate(zip(steps, waits, strict=True), start=1)
+    return [_share(step, number, wait, threads) for number, (step, wait) in numbered]
 
 
 def _share(step: _Step, number: int, wait: int, threads: int) -> Share:

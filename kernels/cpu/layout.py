@@ -40,7 +40,7 @@ class Strides:
 
 
 def cover_map(height: int, width: int, vectors: int, entries: int, registers: int) -> tuple[tuple[int, int, int], ...]:
-    """Return (variant, row, column) of the block tiles that cover a map in the least predicted time; see ``cover_cost``."""
+    """Return (variant, row, column) of the block tiles that cover a map in the least predicted time."""
     return cover_cost(height, width, vectors, entries, registers)[1]
 
 

@@ -65,7 +65,7 @@ class PlaneLayout:
 
     def cover(self, layer: LayerSpec, entries: float, first: int, last: int) -> tuple[float, list[Tile]]:
         """Return predicted cycles per filter and the tiles that cover the output rows ``first`` … ``last - 1``."""
-        return _cover_rows((first, last), layer.output_hw[1], self.width, self.shifts - 1, entries, self.slot)
+        return _cover_rows(layer, (first, last), self.width, self.shifts - 1, entries, self.slot)
 
     def with_tiles(self, layer: LayerSpec, tiles: Sequence[Tile]) -> PlaneLayout:
         """Return the layout with these tiles, its planes as long as they read."""
@@ -114,7 +114,7 @@ def _candidates(layer: LayerSpec, entries: float) -> Iterator[tuple[float, Plane
             cost, tiles = {}, {}
             for slot in {1.0, 1.0 + split * (SPLIT_LOAD - 1.0)}:
                 reach = beside if by_shift else 0
-                cost[slot], tiles[slot] = _cover_rows((0, height), width, pitch, reach, entries, slot)
+                cost[slot], tiles[slot] = _cover_rows(layer, (0, height), pitch, reach, entries, slot)
             for copied in {False, split > 0}:
                 leads = {(i, j, move % LANES if copied else 0) for i, j, move in moves}
                 slot = min(cost) if copied else max(cost)
@@ -137,19 +137,25 @@ def _positions(layer: LayerSpec, pitch: int, tiles: Sequence[Tile]) -> int:
 
 
 def _cover_rows(
-    rows: tuple[int, int], width: int, pitch: int, reach: int, entries: float, slot: float
+    layer: LayerSpec, rows: tuple[int, int], pitch: int, reach: int, entries: float, slot: float
 ) -> tuple[float, list[Tile]]:
     """Return predicted cycles per filter and the tiles that cover output rows laid out ``pitch`` positions apart.
 
-    A tile's last ``reach`` positions are spoilt, because their right neighbours are in no register.
+    A tile's last ``reach`` positions are spoilt, because their right neighbours are in no register; not those whose
+    missing neighbours are all zeros beside the map.
     """
+    width = layer.output_hw[1]
+    zero_from = layer.input_hw[1] + layer.padding[1] if layer.stride[1] == 1 else pitch + reach
     room = vector_registers() - 2
     usable = [(v, t) for v, t in enumerate(CSR_TILES) if t.vectors * t.unroll <= room or t.vectors == 1]
     begin, total = rows[0] * pitch, (rows[1] - 1) * pitch + width
 
     def owned_end(start: int, vectors: int) -> int:
         """Return the first output position from ``start`` on that a tile does not serve."""
-        position = start // LANES * LANES + LANES * vectors - reach
+        end = start // LANES * LANES + LANES * vectors
+        position = end - reach
+        while position < end and position % pitch < width and position % pitch + end - position >= zero_from:
+            position += 1
         row, col = divmod(position, pitch)
         return min(position if col < width else (row + 1) * pitch, total)
 
