@@ -10,8 +10,8 @@ from pathlib import Path
 
 from common import RESULTS, command, row, today
 
+from autoprune.cli.progress import make_progress
 from autoprune.core.policy import Policy
-from autoprune.core.progress import Silent
 from autoprune.core.result import Result
 from autoprune.core.rundir import RunDir
 from autoprune.lut.bench import BenchRow, Labels, append_rows, bench, rows
@@ -40,8 +40,11 @@ def main() -> None:
                     run=f"bench-b{batch}-t{threads}-{percent}",
                     runs_dir=options.runs_dir,
                 )
-                result = run_search(config, Silent())
+                progress = make_progress()
+                result = run_search(config, progress)
+                progress.stage("timing", None)
                 found = [*_accuracy_rows(config, result), *_latency_rows(config, result)]
+                progress.finish()
                 append_rows(RESULTS / "search.csv", found)
                 _say(config, result)
 
