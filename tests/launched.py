@@ -1,6 +1,6 @@
 """Rows of a GPU measured with a fake driver: every launch of a timer is made, compiles what it needs, and runs nothing.
 
-``python launched.py ARCH CACHE`` prints the kernels that had to be compiled and those that Triton's cache held. The
+``python launched.py ARCH CACHE [few]`` prints the kernels that had to be compiled and those that Triton's cache held. The
 operators' CPU forms are replaced by their CUDA ones; tensors stay on the CPU, and nothing reads what kernels "wrote".
 """
 
@@ -46,8 +46,8 @@ def on_cuda_kernels() -> None:
         operator.register_kernel("cpu")(operator._backend_fns["cuda"])
 
 
-def measure() -> list[str]:
-    """Measure forward and training rows of several layers; return the kernels of the rows."""
+def measure(few: bool) -> list[str]:
+    """Measure forward and training rows of several layers, or a few forward ones; return the kernels of the rows."""
     from autoprune.core.choices import Dense, Fine, Pattern
     from autoprune.core.layers import LayerSpec
     from autoprune.lut.context import Context
@@ -63,10 +63,10 @@ def measure() -> list[str]:
         LayerSpec("d", "linear", (24, 40)),
     ]
     kernels = []
-    for direction in ("forward", "training"):
-        for batch in (1, 3):
+    for direction in ("forward",) if few else ("forward", "training"):
+        for batch in (1,) if few else (1, 3):
             context = Context(device="cpu", batch=batch, dtype="bfloat16", cache="network", direction=direction)
-            for name in ("ell", "spmm"):
+            for name in ("ell",) if few else ("ell", "spmm"):
                 known = {key: family for key, family in families().items() if key in ("dense", name)}
                 bench = GpuBench(context, DEVICES[0], NoClock(), known)  # type: ignore[arg-type]
                 slow = Row(p10=1e9, p50=1e9, p90=1e9, weight_bytes=1, kernel="dense")
@@ -78,7 +78,7 @@ def measure() -> list[str]:
     return kernels
 
 
-def main(arch: int, cache: str) -> None:
+def main(arch: int, cache: str, few: bool) -> None:
     """Print as JSON what was compiled, what was found, and the rows."""
     os.environ["TRITON_CACHE_DIR"] = cache
     warnings.simplefilter("ignore")  # of operators that are registered again
@@ -95,10 +95,10 @@ def main(arch: int, cache: str) -> None:
     knobs.compilation.listener = listen
     on_cuda_kernels()
     with fake_device(arch), compiling():
-        found["rows"] = measure()
+        found["rows"] = measure(few)
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:] == ["few"])

@@ -40,9 +40,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _launched(arch: int, cache: Path) -> dict[str, list[str]]:
+def _launched(arch: int, cache: Path, *few: str) -> dict[str, list[str]]:
     """Measure rows on a fake device; return which kernels were compiled for them, which found, and the rows."""
-    command = [sys.executable, str(ROOT / "tests" / "launched.py"), str(arch), str(cache)]
+    command = [sys.executable, str(ROOT / "tests" / "launched.py"), str(arch), str(cache), *few]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -62,7 +62,7 @@ def test_rows_find_every_kernel_they_launch_compiled(cache: Path) -> None:
 
 
 def test_a_cache_of_another_device_is_of_no_use(cache: Path) -> None:
-    assert set(_launched(80, cache)["compiled"]) == _KERNELS
+    assert set(_launched(80, cache, "few")["compiled"]) == {"ell_forward", "pad_map"}
 
 
 def test_the_next_process_reads_the_report_and_starts_no_workers(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
