@@ -18,12 +18,14 @@ from autoprune.core.errors import DeviceError, ModelError, PolicyError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.core.registry import unknown_name
+from autoprune.kernels import gpu_layers
 from autoprune.kernels.deployed import DeployedModel, NestedModel, PlannedModel
 from autoprune.kernels.dispatch import CPU, Decision, LatencyRows, Place, decide, lookup_of
 from autoprune.kernels.gpu import GpuModel, build_gpu
+from autoprune.kernels.gpu_plan import fused_network
 from autoprune.kernels.modules import LayerKernel, ProgramLayer
 from autoprune.kernels.nested import Layer, disagreement, layers_by_hooks, torch_form
-from autoprune.kernels.plan import KernelName, build_plan, kernel_for
+from autoprune.kernels.plan import KernelName, Plan, build_plan, kernel_for
 from autoprune.kernels.plan_ops import PlanRefusal
 
 __all__ = ["DeployedModel", "GpuModel", "LatencyRows", "NestedModel", "PlannedModel", "convert"]
@@ -49,7 +51,7 @@ def convert(
         example: (N, C, H, W) float32; its shape is planned for, batch sizes may differ later.
         table: Measured rows; a layer whose sparse kernel is not faster than its dense row then runs dense.
         threads: Threads of a CPU's kernels.
-        device: ``cpu``, or ``cuda``: PyTorch's network on the GPU, channels last, sparse layers replaced.
+        device: ``cpu``, or ``cuda``: the fused network on the GPU, channels last, or PyTorch's with layers replaced.
         dtype: Of a network on a GPU; one on a CPU is in float32.
     Raises:
         PolicyError: A choice names no layer of the model, or one that cannot take it.
@@ -99,6 +101,9 @@ def deploy_on(
 ) -> GpuModel:
     """Return the network as ``convert`` deploys it on a GPU; on a CPU device the same operators run their CPU forms.
 
+    A network that is one flat plan runs fused: bias, residual and ReLU inside each layer's kernel. Any other runs as
+    PyTorch's own code with its sparse layers replaced.
+
     Args:
         device: Where it will run.
         model, example: float32, on the CPU.
@@ -106,6 +111,31 @@ def deploy_on(
         table: Measured rows of a GPU.
         dtype: Of maps and weights.
     """
+    place, plan = Place("cuda", dtype), build_plan(model, example, choices)
+    if isinstance(plan, Plan) and _agrees(model, plan, example):
+        layers = {op.name: Layer(op.layer, op.weight_KCRS) for op in plan.convs}
+        decisions = _decide(layers, choices, table, place)
+        named = {decision.layer: decision for decision in decisions}
+        network = fused_network(plan, named, choices, gpu_layers.Place(device, dtype), table)
+        return GpuModel(network, decisions, example.to(device, dtype))
+    return _nested_on(device, model, choices, example, table, dtype)
+
+
+def _agrees(model: nn.Module, plan: Plan, example: Tensor) -> bool:
+    """Return whether a plan computes its model, both dense in float32 on the CPU, on two images."""
+    dense = {op.name: Decision(op.name, "dense", "dense", "") for op in plan.convs}
+    network = fused_network(plan, dense, {}, gpu_layers.Place(torch.device("cpu"), torch.float32))
+    return disagreement(model, network, example[:2]) is None
+
+
+def _nested_on(
+    device: torch.device,
+    model: nn.Module,
+    choices: Mapping[str, Choice],
+    example: Tensor,
+    table: LatencyRows | None,
+    dtype: torch.dtype,
+) -> GpuModel:
     network = torch_form(model, example)
     layers = layers_by_hooks(network, example)
     decisions = _decide(layers, choices, table, Place("cuda", dtype))

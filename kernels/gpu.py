@@ -1,4 +1,4 @@
-"""A network deployed on a GPU: PyTorch's own code, channels last, its sparse layers replaced by sparse kernels'."""
+"""A network deployed on a GPU: its plan as one fused network, or PyTorch's own code with its sparse layers replaced."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from autoprune.core.errors import ModelError
 from autoprune.core.layers import LayerSpec
 from autoprune.kernels.deployed import DeployedModel
 from autoprune.kernels.dispatch import Decision
-from autoprune.kernels.formats.ell import BlockELL, Tile
+from autoprune.kernels.formats.ell import Tile
+from autoprune.kernels.fused import FusedNetwork
+from autoprune.kernels.gpu_layers import suited_tile
 from autoprune.kernels.plan_ops import padding_of
 from autoprune.kernels.semi_structured import SemiStructuredLayer
-from autoprune.kernels.triton.configs import Launch, all_configs, candidates
+from autoprune.kernels.triton.configs import Launch, all_configs
 from autoprune.kernels.triton.layers import ELLConv2d, ELLOptions
 from autoprune.kernels.triton.spmm_layers import SparseConv2d, SparseLinear
 
@@ -25,7 +27,7 @@ class GpuModel(DeployedModel):
     """A network whose layers run on the kernels that dispatch chose. Inference only.
 
     Args:
-        network: In its device, dtype and memory format, layers replaced.
+        network: In its device, dtype and memory format: fused, or PyTorch's with layers replaced.
         decisions: One per convolution and linear layer.
         example: (N, C, H, W) or (N, I), on the network's device in its dtype; kept for timing.
         memory_format: Of the network's maps.
@@ -40,6 +42,10 @@ class GpuModel(DeployedModel):
     ) -> None:
         super().__init__(decisions, example)
         self.network, self.memory_format = network, memory_format
+
+    def layer(self, name: str) -> nn.Module:
+        """Return the module that runs one convolution or linear layer."""
+        return self.network.layer(name) if isinstance(self.network, FusedNetwork) else self.network.get_submodule(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the network's output.
@@ -86,6 +92,23 @@ class GpuModel(DeployedModel):
         return self
 
 
+class HostModel(nn.Module):
+    """A deployed network called with a CPU's float32 tensors, and answering with such: for accuracies.
+
+    Args:
+        deployed: On its device.
+    """
+
+    def __init__(self, deployed: GpuModel) -> None:
+        super().__init__()
+        self.deployed = deployed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the network's output for (N, C, H, W) float32, float32 on the CPU."""
+        result: Tensor = self.deployed(x.to(self.deployed.example.device, self.deployed.example.dtype))
+        return result.float().cpu()
+
+
 def build_gpu(
     network: nn.Module,
     decisions: Mapping[LayerSpec, Decision],
@@ -93,7 +116,7 @@ def build_gpu(
     device: torch.device,
     dtype: torch.dtype,
 ) -> GpuModel:
-    """Return a network on a device with the layers replaced that decisions give to a sparse kernel.
+    """Return a network that is no plan on a device, with the layers replaced that decisions give to a sparse kernel.
 
     Args:
         network: float32, on the CPU; changed in place.
@@ -154,19 +177,13 @@ def _semi(source: nn.Conv2d | nn.Linear, layer: LayerSpec, batch: int, config: s
 
 def _ell(source: nn.Conv2d | nn.Linear, layer: LayerSpec, batch: int, config: str) -> nn.Module:
     assert isinstance(source, nn.Conv2d)
-    configs = candidates(layer, batch, source.weight.dtype)
     measured = next((known for known in all_configs(source.weight.dtype) if known.text == config), None)
     if measured is not None:
         tile = Tile(measured.bn, measured.bk)
         return ELLConv2d.from_conv(source, options=ELLOptions(tile=tile, launch=Launch(forward=measured)))
-    # The tile that suits the size best, unless its filters share too little: it multiplies what any of them keeps.
-    tiles = dict.fromkeys(Tile(known.bn, known.bk) for known in configs)
-    density = {tile: BlockELL.pack(source.weight, tile=tile).density for tile in tiles}
-    tile = next(tile for tile in tiles if density[tile] <= _SLACK * min(density.values()))
-    return ELLConv2d.from_conv(source, options=ELLOptions(tile=tile))
+    return ELLConv2d.from_conv(source, options=ELLOptions(tile=suited_tile(layer, source.weight, batch)))
 
 
-_SLACK = 1.1
 _LAYERS: dict[str, Callable[[nn.Conv2d | nn.Linear, LayerSpec, int, str], nn.Module]] = {
     "ell": _ell,
     "spmm": _spmm,

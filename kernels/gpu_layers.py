@@ -18,10 +18,13 @@ from autoprune.core.layers import LayerSpec
 from autoprune.core.registry import unknown_name
 from autoprune.kernels.formats.ell import BlockELL, Tile
 from autoprune.kernels.semi_structured import SemiStructuredLayer
-from autoprune.kernels.triton.configs import Config, Launch, all_configs, default_tile
+from autoprune.kernels.triton.configs import Config, Launch, all_configs, candidates
 from autoprune.kernels.triton.layers import ELLConv2d, ELLOptions
 from autoprune.kernels.triton.shapes import EllShape
 from autoprune.kernels.triton.spmm_layers import SparseConv2d, SparseLinear
+
+
+_SLACK = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +152,9 @@ class EllLayer(LayerModule):
 
     def __init__(self, source: Source, config: str, place: Place) -> None:
         super().__init__()
-        layer = source.layer
+        layer, weight = source.layer, source.weight.to(place.device, place.dtype)
         launch = None if not config else forward_config(config, place.dtype)
-        tile = default_tile(layer, 1, place.dtype) if launch is None else Tile(launch.bn, launch.bk)
+        tile = suited_tile(layer, weight) if launch is None else Tile(launch.bn, launch.bk)
         options = ELLOptions(
             tile=tile,
             master="packed" if source.trained else "frozen",
@@ -160,19 +163,35 @@ class EllLayer(LayerModule):
             prepadded=source.prepadded,
             launch=Launch(forward=launch),
         )
-        packed = BlockELL.pack(source.weight.to(place.device, place.dtype), tile=tile)
+        packed = BlockELL.pack(weight, tile=tile)
         shape = EllShape.of(layer, ring=source.ring, relu=source.relu)
         if source.prepadded:
             self.halo = layer.padding
             shape = replace(shape, halo=(0, 0))
         else:
             self.workspace_bytes = 0 if max(layer.padding) == 0 else padded_bytes(layer, place.dtype)
-        self.conv = ELLConv2d(packed, shape, source.bias.to(place.device, place.dtype), options)
+        bias_dtype = place.dtype if source.trained else torch.float32  # as the kernel reads it
+        self.conv = ELLConv2d(packed, shape, source.bias.to(place.device, bias_dtype), options)
         self.weight_bytes = self.conv.nbytes
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = self.conv(x, residual)
         return y
+
+
+def suited_tile(layer: LayerSpec, weight: Tensor, batch: int = 1) -> Tile:
+    """Return the tile to pack a masked weight with when nothing was measured.
+
+    The one that suits the size best, unless its filters share too little: it multiplies what any of them keeps.
+
+    Args:
+        layer: One that the kernel serves.
+        weight: (K, C, R, S) with its zeros, in the dtype that runs.
+        batch: Images per call.
+    """
+    tiles = dict.fromkeys(Tile(c.bn, c.bk) for c in candidates(layer, batch, weight.dtype))
+    density = {tile: BlockELL.pack(weight, tile=tile).density for tile in tiles}
+    return next(tile for tile in tiles if density[tile] <= _SLACK * min(density.values()))
 
 
 def padded_bytes(layer: LayerSpec, dtype: torch.dtype) -> int:

@@ -1,23 +1,22 @@
-"""Cases of the SpMM kernels, and the programs that run them apart from the test process.
+"""Cases of the SpMM kernels, and the program that runs them apart from the test process.
 
-``python spmm_cases.py interpret`` needs ``TRITON_INTERPRET=1``, ``python spmm_cases.py compile`` needs its absence;
-both must be known before Triton is imported. Each prints one JSON object, case → figures.
+``python spmm_cases.py`` needs ``TRITON_INTERPRET=1`` before Triton is imported. It prints one JSON object, case →
+figures.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from old_interpreter import repair
 from torch import Tensor
 
 from autoprune.core.choices import Choice, Fine, Pattern, Window
 from autoprune.kernels import reference
 from autoprune.kernels.triton.spmm_launch import (
-    SpmmConfig,
     SpmmShape,
     dweight_configs,
     forward_configs,
@@ -139,49 +138,11 @@ def interpret(case: Case) -> dict[str, float]:
     return errors
 
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def compiled() -> dict[str, tuple[str, str, SpmmConfig]]:
-    """Return name → (kernel, dtype, configuration) of everything that can be launched."""
-    found = {}
-    for name, dtype in DTYPES.items():
-        for kernel, configs in (("forward", forward_configs(dtype)), ("dweight", dweight_configs(dtype))):
-            found |= {f"{kernel}-{config.text}-{name}": (kernel, name, config) for config in configs}
-    return found
-
-
-def compile_one(kernel: str, dtype: torch.dtype, config: SpmmConfig, arch: int) -> dict[str, object]:
-    """Compile one kernel for an architecture and return what it needs of the device."""
-    from autoprune.kernels.triton.compile_only import fake_device, resources
-    from autoprune.kernels.triton.spmm import spmm_dweight, spmm_forward
-
-    meta = {"BK": config.bk, "BN": config.bn, "num_warps": config.warps, "enable_fp_fusion": True, "grid": (1,)}
-    index, size = [torch.int32] * 3, 1 << 10  # sizes are not specialised on
-    with fake_device(arch):
-        if kernel == "forward":
-            epilogue = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "RELU": True}
-            found = spmm_forward.warmup(dtype, dtype, *index, dtype, dtype, dtype, *[size] * 9, **epilogue, **meta)
-        else:
-            found = spmm_dweight.warmup(dtype, dtype, *index, torch.float32, *[size] * 12, **meta)
-        return asdict(resources(found, arch))
-
-
-def main(what: str) -> None:
-    """Run all cases of one kind and print their figures."""
-    if what == "interpret":
-        print(json.dumps({name: interpret(case) for name, case in CASES.items()}))
-        return
-    print(
-        json.dumps(
-            {
-                f"{name}-sm{arch}": compile_one(kernel, DTYPES[dtype], config, arch)
-                for name, (kernel, dtype, config) in compiled().items()
-                for arch in (80, 90)
-            }
-        )
-    )
+def main() -> None:
+    """Run all cases and print their figures."""
+    repair()
+    print(json.dumps({name: interpret(case) for name, case in CASES.items()}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

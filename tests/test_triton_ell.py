@@ -17,6 +17,7 @@ import torch
 from autoprune.core.errors import DeviceError
 from autoprune.kernels.triton.compile_only import SHARED_LIMIT, Job, Resources, fake_device, resource_report
 from autoprune.kernels.triton.configs import all_configs
+from autoprune.kernels.triton.units import units
 
 _ROOT = Path(__file__).parent.parent
 _CASES = _ROOT / "tests" / "interpreted" / "ell_cases.py"
@@ -37,58 +38,71 @@ def test_kernels_are_right_in_the_interpreter() -> None:
 
 # On sm_80 float16 and bfloat16 are one instruction with another type; sm_90 is the device the tables are made for.
 _TARGETS = [(90, torch.bfloat16), (90, torch.float16), (90, torch.float32), (80, torch.bfloat16), (80, torch.float32)]
+_SMALL_SHARED = 48 << 10
 
 
 @pytest.fixture(scope="module")
-def report() -> dict[Job, Resources]:
-    """Every configuration that may be chosen, with and without a residual, compiled once."""
-    return resource_report([job for arch, dtype in _TARGETS for job in _jobs(arch, dtype)])
-
-
-def _jobs(arch: int, dtype: torch.dtype) -> list[Job]:
-    configs = all_configs(dtype)
-    plain = [(config, dtype, arch, False) for config in configs if config.kind == "forward"]
-    return [(config, dtype, arch, True) for config in configs] + plain
+def report() -> dict[Job, tuple[Resources, ...]]:
+    """Everything that may be launched, forward and backward, compiled once."""
+    jobs = [(unit, arch) for arch, dtype in _TARGETS for unit in units(dtype)]
+    return resource_report(jobs, processes=os.cpu_count() or 1)
 
 
 @pytest.mark.parametrize(("arch", "dtype"), _TARGETS, ids=str)
 def test_every_configuration_compiles_to_good_machine_code(
-    report: dict[Job, Resources], arch: int, dtype: torch.dtype
+    report: dict[Job, tuple[Resources, ...]], arch: int, dtype: torch.dtype
 ) -> None:
-    found = {job: report[job] for job in _jobs(arch, dtype)}
-    problems = {job: resources.problem(dtype) for job, resources in found.items()}
-    assert {job: problem for job, problem in problems.items() if problem} == {}
-    assert {resources.arch for resources in found.values()} == {arch}
+    own = {unit: report[unit, arch][0] for unit in units(dtype) if unit.tiled}
+    assert {unit.config for unit in own} == {config.text for config in all_configs(dtype)}
+    problems = {unit: found.problem(dtype) for unit, found in own.items()}
+    assert {unit: problem for unit, problem in problems.items() if problem} == {}
+    assert {found.arch for found in own.values()} == {arch}
     half = dtype != torch.float32
-    assert all(resources.warpgroup_mma == (half and arch == 90) for resources in found.values())
+    assert all(found.warpgroup_mma == (half and arch == 90) for found in own.values())
     # Two programs of 8 warps fit a multiprocessor's registers: one's epilogue hides behind the other's loop.
-    wide = [resources.registers for (c, *_), resources in found.items() if c.warps == 8 and c.bm == c.bn == 128]
+    wide = [found.registers for unit, found in own.items() if "128x128" in unit.config and "-w8-" in unit.config]
     assert not half or arch == 80 or max(wide) <= 128
 
 
-_PLAIN = """
+@pytest.mark.parametrize(("arch", "dtype"), _TARGETS, ids=str)
+def test_kernels_without_matrix_instructions_neither_spill_nor_exceed_the_device(
+    report: dict[Job, tuple[Resources, ...]], arch: int, dtype: torch.dtype
+) -> None:
+    # The second kernel of a weight gradient adds up its parts.
+    found = [
+        resources
+        for unit in units(dtype)
+        for number, resources in enumerate(report[unit, arch])
+        if number > 0 or not unit.tiled
+    ]
+    assert len(found) == len(units(dtype)) - sum(unit.kind == "forward" for unit in units(dtype))
+    assert [resources.problem(dtype, tiled=False) for resources in found] == [None] * len(found)
+    assert all(resources.shared_bytes <= _SMALL_SHARED for resources in found)
+
+
+_DISASSEMBLED = """
+from dataclasses import asdict, replace
 import torch
-from autoprune.kernels.triton import compile_only, copies, ell_backward
-from autoprune.kernels.triton.configs import COMPILER
-half, index, single = torch.bfloat16, torch.int32, torch.float32
+from autoprune.kernels.triton import compile_only as co
+from autoprune.kernels.triton.configs import Config
+from autoprune.kernels.triton.launching import compiling
+from autoprune.kernels.triton.units import Unit, _run_ell
 for arch in (80, 90):
-    with compile_only.fake_device(arch):
-        made = [
-            copies.pad_map.warmup(half, half, *[9] * 9, BP=32, BC=block, grid=(1,), **COMPILER)
-            for block in (8, 16, 32, 64, 128)
-        ]
-        made += [copies.take.warmup(t, index, t, 9, 9, BLOCK=1024, grid=(1,), **COMPILER) for t in (half, single)]
-        made += [ell_backward.ell_reduce.warmup(single, index, half, 9, 9, BN=64, BLOCK=1024, grid=(1,), **COMPILER)]
-        for kernel in made:
-            found = compile_only.resources(kernel, arch)
-            print(found.arch, found.stack_bytes, found.spill_bytes, found.copies - found.wide_copies)
+    for unit in (Unit("forward", "forward-128x64x64-w8-s4", "bfloat16"), Unit("spmm-forward", "64x16-w2", "bfloat16")):
+        (kernel,) = co.compiled_kernels(unit, arch)
+        assert co.resources(kernel, arch) == co.disassembled(kernel, arch), unit
+        assert co.resources(kernel, arch).warpgroup_mma == (arch == 90 and unit.tiled)
+with co.fake_device(80), compiling() as kernels:
+    _run_ell(Config("dweight", 128, 128, 64, 4, 3), torch.bfloat16)
+quick, slow = (read(kernels[0], 80) for read in (co.resources, co.disassembled))
+assert slow.spill_bytes > 0 and quick.problem(torch.bfloat16) is not None, (quick, slow)
 """
 
 
-def test_kernels_without_configurations_compile_too(tmp_path: Path) -> None:
+def test_what_is_read_from_assembly_is_what_the_machine_code_holds(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", _PLAIN],
+        [sys.executable, "-W", "error", "-c", _DISASSEMBLED],
         cwd=_ROOT,
         env=environment,
         capture_output=True,
@@ -96,7 +110,6 @@ def test_kernels_without_configurations_compile_too(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split("\n")[:-1] == ["80 0 0 0"] * 8 + ["90 0 0 0"] * 8
 
 
 def _found(**changes: int | bool) -> Resources:

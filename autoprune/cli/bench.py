@@ -15,22 +15,25 @@ from autoprune.cli import options
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from autoprune.core.policy import Policy
     from autoprune.lut.bench import BenchResult
+    from autoprune.lut.table import LatencyTable
     from autoprune.tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """What is timed: a policy's file, the weights (None: the package's), and the settings it was made with."""
+    """What is timed: a policy's file, the weights (None: the package's), and the settings it was made with; where."""
 
     policy: Path
     weights: Path | None
     data: str
     batch: int
     threads: int
+    device: str = "cpu"
+    table: Path | None = None
 
 
 def bench(
@@ -55,7 +58,12 @@ def bench(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Of the images drawn as input.", metavar="INTEGER")
     ] = 0,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure, building not counted.")] = 10.0,
+    device: options.Device = "cpu",
+    table: Annotated[
+        Path | None,
+        typer.Option(help="Table of this GPU: its rows say which kernel runs a layer. With --device cuda."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure on a CPU, building not counted.")] = 10.0,
     csv: Annotated[Path | None, typer.Option(help="Append the figures to this file.")] = None,
     runs_dir: options.RunsDir = Path("runs"),
     as_json: options.Json = False,
@@ -63,12 +71,16 @@ def bench(
 ) -> None:
     """Time a policy's deployed network against every dense execution, interleaved in one process."""
     from autoprune.cli.progress import working
+    from autoprune.core.errors import DeviceError
     from autoprune.core.policy import Policy
     from autoprune.lut.bench import append_rows
-    from autoprune.lut.bench import bench as measure
+    from autoprune.lut.device import check_device
     from autoprune.search_spaces.trace import trace
     from autoprune.tasks.task import load_task
 
+    check_device(device)
+    if table is not None and device == "cpu":
+        raise DeviceError("--table: on a CPU the kernel of each choice is fixed; give it with --device cuda.")
     options.one_of("--policy", policy, "--run", run)
     subject = _subject(policy, run, runs_dir)
     subject = _Subject(
@@ -77,6 +89,8 @@ def bench(
         data or subject.data,
         batch or subject.batch,
         threads or subject.threads,
+        device,
+        table,
     )
     record = Policy.load(subject.policy)
     task = load_task(record.file.model, subject.data, data_dir=data_dir, weights=subject.weights)
@@ -85,7 +99,8 @@ def bench(
         append_rows(csv, [])  # a file that cannot take the figures is told of before they are measured
     with working() as progress:
         progress.stage("measure")
-        result = measure(task.model, record, _images(task, subject.batch, seed), subject.threads, seconds)
+        images = _images(task, subject.batch, seed)
+        result = _measure(subject, task.model, record, images, seconds)
     if csv is not None:
         _append(csv, result, record, task.name)
     if as_json:
@@ -94,6 +109,17 @@ def bench(
     _show(result)
     if csv is not None:
         print(csv)
+
+
+def _measure(subject: _Subject, model: nn.Module, policy: Policy, images: Tensor, seconds: float) -> BenchResult:
+    if subject.device == "cpu":
+        from autoprune.lut.bench import bench as on_cpu
+
+        return on_cpu(model, policy, images, subject.threads, seconds)
+    from autoprune.lut.gpu_bench import bench_on_gpu
+    from autoprune.lut.table import LatencyTable
+
+    return bench_on_gpu(model, policy, images, None if subject.table is None else LatencyTable.load(subject.table))
 
 
 def _subject(policy: Path | None, run: str | None, runs_dir: Path) -> _Subject:
@@ -156,7 +182,7 @@ def _print_record(subject: _Subject, policy: Policy, result: BenchResult, seed: 
             "samples": {"taken": result.taken, "dropped": result.dropped},
             "build_seconds": result.build_seconds,
             "layers": result.decisions,
-            "context": current_context(result.batch, result.threads),
+            "context": result.context or current_context(result.batch, result.threads),
         }
     )
 
@@ -183,7 +209,8 @@ def _show(result: BenchResult) -> None:
     for name, why in result.absent.items():
         console.print(f"{name}: {why}", markup=False)
     kept = f"{result.taken - result.dropped} of {result.taken} samples kept"
-    console.print(f"batch {result.batch}, {result.threads} threads, {kept}", markup=False)
+    where = f"{result.threads} threads" if result.context is None else result.context.place
+    console.print(f"batch {result.batch}, {where}, {kept}", markup=False)
 
 
 def _show_layers(console: Console, result: BenchResult) -> None:

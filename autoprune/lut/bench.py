@@ -17,6 +17,7 @@ from autoprune.kernels.convert import convert
 from autoprune.kernels.dense import dense_references, runners
 from autoprune.kernels.deployed import DeployedModel
 from autoprune.kernels.dispatch import Decision, LatencyRows
+from autoprune.lut.context import Context
 from autoprune.lut.deploy import masked_copy
 from autoprune.lut.measure import Spread, machine, measure
 
@@ -35,6 +36,7 @@ class BenchResult:
         taken, dropped: Samples in all, and those left out because the machine was disturbed.
         batch, threads: What was timed.
         decisions: What runs each layer of the pruned network, and why.
+        context: Of a GPU that all of them ran on; None on this machine's processor.
     """
 
     deployed: Spread
@@ -46,6 +48,7 @@ class BenchResult:
     batch: int
     threads: int
     decisions: tuple[Decision, ...] = ()
+    context: Context | None = None
 
     @property
     def best(self) -> str:
@@ -160,8 +163,7 @@ def rows(result: BenchResult, labels: Labels) -> list[BenchRow]:
 
     The baseline of every row is the fastest dense execution of the same run.
     """
-    facts = machine()
-    versions = " ".join(f"{name}={facts[name]}" for name in ("python", "torch", "numba", "onnxruntime"))
+    device, dtype, versions = _place(result.context)
     baseline = result.references[result.best].p50
     cases = [(labels.choice, labels.compression, result.deployed)]
     cases += [(f"dense:{name}", 1.0, spread) for name, spread in result.references.items()]
@@ -177,16 +179,26 @@ def rows(result: BenchResult, labels: Labels) -> list[BenchRow]:
             p80=round(spread.p80, 3),
             baseline_p50=round(baseline, 3),
             ratio=round(spread.p50 / baseline, 4),
-            device=f"{facts['cpu']} {facts['isa']}",
+            device=device,
             threads=result.threads,
             batch=result.batch,
-            dtype="float32",
+            dtype=dtype,
             versions=versions,
             date=labels.date,
             command=labels.command,
         )
         for choice, compression, spread in cases
     ]
+
+
+def _place(context: Context | None) -> tuple[str, str, str]:
+    """Return device, dtype and versions of a row, in words."""
+    if context is not None:
+        named = {"driver": context.driver, **dict(context.versions)}
+        return context.place, context.dtype, " ".join(f"{name}={value}" for name, value in named.items() if value)
+    facts = machine()
+    versions = " ".join(f"{name}={facts[name]}" for name in ("python", "torch", "numba", "onnxruntime"))
+    return f"{facts['cpu']} {facts['isa']}", "float32", versions
 
 
 def append_rows(path: str | Path, rows: Sequence[BenchRow]) -> None:

@@ -19,6 +19,7 @@ from autoprune.core.layers import LayerSpec
 from autoprune.kernels.fold import fold_batchnorm
 from autoprune.kernels.fused import FusedNetwork
 from autoprune.kernels.gpu_layers import LayerModule, Place, Source, build_layer
+from autoprune.kernels.gpu_plan import dense_config, ring_pays
 from autoprune.kernels.plan import Plan, build_plan
 from autoprune.lut.gpu_families import place_of
 from autoprune.lut.gpu_rows import kernel_settings
@@ -80,9 +81,7 @@ class GpuDeployer:
     def writes_ring(self, layer: LayerSpec, choice: Choice) -> bool:
         """Return whether the layer can write a border around its output, at less than a copy costs."""
         row = self.table.row(layer, choice)
-        if row.kernel == "ell":
-            return True
-        return row.ring_us is not None and row.pad_us is not None and row.ring_us < row.p50 + row.pad_us
+        return row.kernel == "ell" or ring_pays(row)
 
     def make(self, source: Source) -> LayerModule:
         """Return a layer's module; made once for all networks of this deployer."""
@@ -99,9 +98,7 @@ class GpuDeployer:
         kernel, config = row.kernel, row.config
         if kernel == "dense" and source.ring != (0, 0):
             kernel, config = "ell", row.ring_config
-        # In a network of channels-last maps another layout would cost two copies.
-        config = "nhwc" if config == "nchw" else config
-        return build_layer(kernel, config, replace(source, weight=weight), self.place)
+        return build_layer(kernel, dense_config(config), replace(source, weight=weight), self.place)
 
     def __call__(self, choices: Mapping[str, Choice]) -> Callable[[], object]:
         """Return a call that runs the network under a policy once on the example."""

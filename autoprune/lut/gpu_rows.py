@@ -56,7 +56,7 @@ class GpuBench:
         device: Constants for floors and predictions.
         backend: Times the launches.
         known: Kernel families by name.
-        precompile: Called once with all layers to come, to compile for them side by side.
+        precompile: Called before the first row, to compile all kernels side by side.
         clock: Reads the multiprocessors' clock.
     """
 
@@ -64,7 +64,7 @@ class GpuBench:
     device: DeviceModel
     backend: Backend
     known: Mapping[str, Family] = field(default_factory=families)
-    precompile: Callable[[Sequence[tuple[LayerSpec, Sequence[Choice]]]], None] | None = None
+    precompile: Callable[[], None] | None = None
     clock: Callable[[], float | None] = no_clock
 
     def estimate_us(self, layer: LayerSpec) -> float:
@@ -72,9 +72,9 @@ class GpuBench:
         return predicted_us(self.device, layer, Dense(), self.context.batch, self.context.dtype)
 
     def prepare(self, wanted: Sequence[tuple[LayerSpec, Sequence[Choice]]]) -> None:
-        """Compile for all layers to come."""
+        """Compile what the layers to come launch."""
         if self.precompile is not None and wanted:
-            self.precompile(wanted)
+            self.precompile()
 
     def measure(self, layer: LayerSpec, choices: Sequence[Choice], dense: Row | None) -> dict[Key, Row | Unmeasured]:
         """Return a row for each choice, or why it has none.

@@ -121,7 +121,22 @@ def time_subject(
     return Timing(warm, column, captured and both)
 
 
+def samples_us(call: Call, backend: Backend, launches: int, replays: int) -> np.ndarray:
+    """Return what one call took in each of ``replays`` graphs of ``launches`` calls, warm, µs; float64.
+
+    Raises:
+        MeasurementError: The call fails, or its time is not a positive number.
+    """
+    return _samples([call] * launches, backend, replays, flush=False)[0]
+
+
 def _column(calls: list[Call], backend: Backend, replays: int, *, flush: bool) -> tuple[Column, bool]:
+    samples, captured = _samples(calls, backend, replays, flush=flush)
+    p10, p50, p90 = (float(value) for value in np.percentile(samples, [10, 50, 90]))
+    return Column(p10=p10, p50=p50, p90=p90), captured
+
+
+def _samples(calls: list[Call], backend: Backend, replays: int, *, flush: bool) -> tuple[np.ndarray, bool]:
     try:
         backend.warm_up(list(dict.fromkeys(calls)))
     except Exception as error:  # a kernel's own failure: compilation, memory, an unsupported shape
@@ -140,8 +155,7 @@ def _column(calls: list[Call], backend: Backend, replays: int, *, flush: bool) -
             samples[index] = elapsed
     if not (np.isfinite(samples).all() and samples.min() > 0.0):
         raise MeasurementError(f"a replay took {samples.tolist()} us; measure again on a GPU that nobody else uses.")
-    p10, p50, p90 = (float(value) for value in np.percentile(samples, [10, 50, 90]))
-    return Column(p10=p10, p50=p50, p90=p90), captured
+    return samples, captured
 
 
 def _first_line(error: BaseException) -> str:

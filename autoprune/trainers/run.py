@@ -21,8 +21,11 @@ from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.core.progress import Progress, Silent
 from autoprune.core.rundir import RunDir, atomic_path, write_text
-from autoprune.kernels.convert import convert, is_masked
+from autoprune.kernels.convert import DeployedModel, convert, is_masked
+from autoprune.kernels.gpu import GpuModel, HostModel
 from autoprune.lut.bench import bench_deployed
+from autoprune.lut.context import current_context
+from autoprune.lut.gpu_bench import bench_graphs
 from autoprune.search_spaces.trace import trace
 from autoprune.search_spaces.uniform import uniform_policy
 from autoprune.tasks.data import DataSet, load_data
@@ -57,7 +60,7 @@ class TrainRequest:
         batch, threads: Of the deployed network when it is timed.
         bench_seconds: How long it is timed; 0 leaves timing out.
         compile: Whether ``torch.compile`` is among the dense executions.
-        device: Where training runs, ``cpu`` or ``cuda``.
+        device: Where training runs and the network is deployed, ``cpu`` or ``cuda``.
     """
 
     model: str
@@ -303,17 +306,26 @@ def _deploy(
     # The kernels read weights in row-major order; training left them channels-last.
     pruned = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
     dense = pruned if control is None else copy.deepcopy(control).cpu().to(memory_format=torch.contiguous_format).eval()
-    deployed = convert(pruned, as_trained(pruned, request.policy), example, threads=request.threads)
-    timed = bench_deployed(
-        dense, deployed, example, request.threads, request.bench_seconds, compile=request.compile
-    )
+    choices = as_trained(pruned, request.policy)
+    deployed: DeployedModel
+    network: nn.Module
+    if request.device == "cuda":
+        on_gpu = convert(pruned, choices, example, device="cuda")
+        assert isinstance(on_gpu, GpuModel)
+        context = current_context(len(example), device="cuda")
+        deployed, network, timed = on_gpu, HostModel(on_gpu), bench_graphs(dense, on_gpu, example, context)
+    else:
+        deployed = network = convert(pruned, choices, example, threads=request.threads)
+        timed = bench_deployed(
+            dense, deployed, example, request.threads, request.bench_seconds, compile=request.compile
+        )
     return Deployment(
         latency_us=timed.deployed.p50,
         references={name: spread.p50 for name, spread in timed.references.items()},
         absent_references=dict(timed.absent),
         fastest_reference=timed.best,
         ratio=timed.ratio,
-        validation_accuracy=accuracy(deployed, images, data.validation.labels),
+        validation_accuracy=accuracy(network, images, data.validation.labels),
         layers=deployed.explain(),
         batch=request.batch,
         threads=request.threads,

@@ -1,7 +1,9 @@
-"""Compiles kernels for a GPU that is not there and reads what they need from the machine code.
+"""Compiles kernels for a GPU that is not there and reads what they need from what was compiled.
 
-Run in a process without ``TRITON_INTERPRET``. A fake driver answers for the device; ``warmup`` stops after the code
-generator; ``cuobjdump`` and ``nvdisasm`` come with Triton.
+Run in a process without ``TRITON_INTERPRET``. A fake driver answers for the device, launches stop after the code
+generator (``launching.compiling``); ``cuobjdump`` and ``nvdisasm`` come with Triton. Registers, stack and spills are
+read from the machine code's header. Which instructions there are is read from the assembly before the last step, which
+maps them one to one and is read in a tenth of a disassembly's time; ``disassembled`` reads the machine code itself.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,16 @@ from typing import Any
 import torch
 
 from autoprune.core.errors import DeviceError
-from autoprune.kernels.triton.configs import Config
+from autoprune.kernels.triton.launching import compiling
+from autoprune.kernels.triton.units import Unit, run_unit
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+Job = tuple[Unit, int]
+"""What is compiled, and for which architecture, 80 or 90."""
+
+# Assembly: an asynchronous copy with its size in bytes. Machine code: the same with its size in bits.
+_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global\s+\[[^]]*\],\s*\[[^]]*\],\s*(0x[0-9a-f]+|\d+)")
 _WIDE_COPY = re.compile(r"LDGSTS\.\S*\b128\b")
-Job = tuple[Config, torch.dtype, int, bool]
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -35,7 +42,8 @@ class Resources:
 
     Attributes:
         registers: Per thread.
-        stack_bytes, spill_bytes: Per thread; spilled registers are read and written there.
+        stack_bytes: Per thread; also where spilled registers lie.
+        spill_bytes: Per thread, of memory that is a thread's own.
         shared_bytes: Per program, dynamic part included.
         warpgroup_mma: Whether it uses Hopper's asynchronous matrix instruction (HGMMA).
         copies, wide_copies: Asynchronous copies (LDGSTS) in the code, and those of 128 bits.
@@ -51,14 +59,21 @@ class Resources:
     wide_copies: int
     arch: int
 
-    def problem(self, dtype: torch.dtype) -> str | None:
-        """Return why a kernel must not be offered, or None."""
+    def problem(self, dtype: torch.dtype, *, tiled: bool = True) -> str | None:
+        """Return why a kernel must not be offered, or None.
+
+        Args:
+            dtype: Of its inputs.
+            tiled: Whether it multiplies tiles: it must feed its matrix instructions by wide asynchronous copies.
+        """
         if self.stack_bytes or self.spill_bytes:
             return f"{self.stack_bytes} bytes of stack, {self.spill_bytes} of spills"
         if self.shared_bytes > SHARED_LIMIT[self.arch]:
             return f"{self.shared_bytes} bytes of shared memory"
-        if self.copies == 0 or self.copies != self.wide_copies:
+        if self.copies != self.wide_copies or (tiled and self.copies == 0):
             return f"{self.copies - self.wide_copies} of {self.copies} asynchronous copies are narrow"
+        if not tiled:
+            return None
         if self.arch >= 90 and dtype != torch.float32 and not self.warpgroup_mma:
             return "no warp-group matrix instruction"
         return None
@@ -109,11 +124,13 @@ def fake_device(arch: int) -> Iterator[None]:
         config._active = before
 
 
-def resource_report(jobs: Sequence[Job], *, processes: int = 2, cache_dir: str | None = None) -> dict[Job, Resources]:
-    """Compile configurations in processes of their own and return what each needs, in the order given.
+def resource_report(
+    jobs: Sequence[Job], *, processes: int = 2, cache_dir: str | None = None
+) -> dict[Job, tuple[Resources, ...]]:
+    """Compile units in processes of their own and return what each one's kernels need, in the order given.
 
     Args:
-        jobs: Arguments of ``compile_config``.
+        jobs: Arguments of ``compile_unit``.
         processes: Compilers at work at once.
         cache_dir: Triton's cache; one of its own, removed at the end, when None.
     """
@@ -121,7 +138,7 @@ def resource_report(jobs: Sequence[Job], *, processes: int = 2, cache_dir: str |
         tempfile.TemporaryDirectory() as own,
         ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (cache_dir or own,)) as pool,
     ):
-        return dict(zip(jobs, pool.map(compile_config, *zip(*jobs, strict=True)), strict=True))
+        return dict(zip(jobs, pool.map(compile_unit, *zip(*jobs, strict=True)), strict=True))
 
 
 def _start_worker(cache_dir: str) -> None:
@@ -129,55 +146,64 @@ def _start_worker(cache_dir: str) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def compile_config(config: Config, dtype: torch.dtype, arch: int, residual: bool = True) -> Resources:
-    """Compile one configuration and return what it needs.
+def compile_unit(unit: Unit, arch: int) -> tuple[Resources, ...]:
+    """Compile what the launches of a unit need and return what each of its kernels needs, the unit's own first.
 
     Args:
-        config: Of either kernel.
-        dtype: Of inputs and weights.
+        unit: One configuration of a kernel.
         arch: 80 or 90.
-        residual: Forward: whether it adds a residual; the only part of the epilogue that is compiled in or left out.
     """
-    with fake_device(arch):
-        return resources(_warm(config, dtype, residual), arch)
+    return tuple(resources(kernel, arch) for kernel in compiled_kernels(unit, arch))
 
 
-def _warm(config: Config, dtype: torch.dtype, residual: bool) -> Any:
-    size = 1 << 10  # sizes are not specialised on
-    tile = {"BM": config.bm, "BN": config.bn, "BK": config.bk}
-    meta = {**tile, **config.options, "grid": (1,)}
-    if config.kind == "forward":
-        from autoprune.kernels.triton.ell import ell_forward
-
-        tensors = (dtype, dtype, torch.int32, torch.float32, dtype if residual else None, dtype)
-        return ell_forward.warmup(*tensors, *[size] * 21, 0.0, **meta)
-    from autoprune.kernels.triton.ell_backward import ell_dweight
-
-    return ell_dweight.warmup(dtype, dtype, torch.int32, torch.float32, *[size] * 16, **meta)
+def compiled_kernels(unit: Unit, arch: int) -> list[Any]:
+    """Return the kernels that the launches of a unit need, compiled for an architecture into Triton's cache."""
+    with fake_device(arch), compiling() as kernels:
+        run_unit(unit)
+    return kernels
 
 
 def resources(compiled: Any, arch: int) -> Resources:
-    """Return what a kernel needs that ``warmup`` compiled for an architecture."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _USAGE.search(_tool("cuobjdump", "--dump-resource-usage", cubin))
-        code = _tool("nvdisasm", "-c", cubin)
+    """Return what a compiled kernel needs, its instructions read from the assembly."""
+    copies = [int(size, 0) for size in _COPY.findall(compiled.asm["ptx"])]
+    return _resources(compiled, arch, "wgmma.mma_async" in compiled.asm["ptx"], len(copies), copies.count(16))
+
+
+def disassembled(compiled: Any, arch: int) -> Resources:
+    """Return the same, its instructions and its spills read from the machine code."""
+    with _cubin(compiled) as file:
+        code = _tool("nvdisasm", "-c", file)
+    copies = re.findall(r"LDGSTS\S*", code)
+    wide = sum(_WIDE_COPY.match(copy) is not None for copy in copies)
+    found = _resources(compiled, arch, "HGMMA" in code, len(copies), wide)
+    spills = 4 * len(re.findall(r"\b(?:STL|LDL)\b", code))
+    return replace(found, spill_bytes=max(spills, found.spill_bytes))
+
+
+def _resources(compiled: Any, arch: int, warpgroup_mma: bool, copies: int, wide_copies: int) -> Resources:
+    with _cubin(compiled) as file:
+        usage = _USAGE.search(_tool("cuobjdump", "--dump-resource-usage", file))
     if usage is None:
         raise DeviceError("compile-only: cuobjdump printed no resource usage; its format has changed.")
     registers, stack, _, local = (int(number) for number in usage.groups())
-    spills = 4 * len(re.findall(r"\b(?:STL|LDL)\b", code))
-    copies = re.findall(r"LDGSTS\S*", code)
     return Resources(
         registers=registers,
         stack_bytes=stack,
-        spill_bytes=max(spills, local),
+        spill_bytes=local,
         shared_bytes=int(compiled.metadata.shared),
-        warpgroup_mma="HGMMA" in code,
-        copies=len(copies),
-        wide_copies=sum(_WIDE_COPY.match(copy) is not None for copy in copies),
+        warpgroup_mma=warpgroup_mma,
+        copies=copies,
+        wide_copies=wide_copies,
         arch=arch,
     )
+
+
+@contextmanager
+def _cubin(compiled: Any) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(compiled.asm["cubin"])
+        yield file
 
 
 def _tool(name: str, *arguments: str | Path) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from autoprune.kernels.formats.ell import GROUP
 from autoprune.kernels.triton.configs import COMPILER
 from autoprune.kernels.triton.ell import check_size, on_device, strides8
+from autoprune.kernels.triton.launching import launch
 from autoprune.kernels.triton.shapes import cdiv
 
 _PIXELS = 32
@@ -52,7 +53,8 @@ def launch_pad(x_NHWC: Tensor, pad: tuple[int, int]) -> Tensor:
     check_size(x_NHWC, out)
     cells, block = images * rows * columns, min(128, triton.next_power_of_2(channels))
     with on_device(x_NHWC):
-        pad_map[(cdiv(cells, _PIXELS) * cdiv(channels, block),)](
+        launch(
+            pad_map, (cdiv(cells, _PIXELS) * cdiv(channels, block),),
             x_NHWC, out, cells, rows, columns, channels // GROUP, *pad, *strides8(x_NHWC),
             BP=_PIXELS, BC=block, **COMPILER,
         )  # fmt: skip
@@ -64,7 +66,8 @@ def launch_take(source: Tensor, index: Tensor) -> Tensor:
     source, index = source.contiguous(), index.contiguous()
     out = torch.empty(index.shape, dtype=source.dtype, device=source.device)
     with on_device(source):
-        take[(cdiv(index.numel(), _TAKE_BLOCK),)](
-            source, index, out, index.numel(), source.numel(), BLOCK=_TAKE_BLOCK, **COMPILER
-        )
+        launch(
+            take, (cdiv(index.numel(), _TAKE_BLOCK),),
+            source, index, out, index.numel(), source.numel(), BLOCK=_TAKE_BLOCK, **COMPILER,
+        )  # fmt: skip
     return out

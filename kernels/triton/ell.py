@@ -20,6 +20,7 @@ from torch import Tensor
 from autoprune.core.errors import ModelError
 from autoprune.kernels.formats.ell import CHANNEL_BITS, GROUP, TAP_BITS
 from autoprune.kernels.triton.configs import Config
+from autoprune.kernels.triton.launching import launch
 from autoprune.kernels.triton.shapes import EllShape, cdiv
 
 _SWIZZLE = 8
@@ -41,14 +42,14 @@ def tap_offset8(code, x_h8, x_w8):  # type: ignore[no-untyped-def]
 
 @triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=[
-        "pixels", "last", "out_h", "out_w", "biases", "k8", "steps", "tiles",
+        "pixels", "last", "out_h", "out_w", "biases", "residuals", "k8", "steps", "tiles",
         "x_n8", "x_h8", "x_w8", "pixel_h8", "pixel_w8",
         "res_n8", "res_h8", "res_w8", "out_n8", "out_h8", "out_w8", "ring_h", "ring_w", "floor",
     ]
 )  # fmt: skip
 def ell_forward(  # type: ignore[no-untyped-def]
     x, weight, groups, bias, residual, out,
-    pixels, last, out_h, out_w, biases, k8, steps, tiles,
+    pixels, last, out_h, out_w, biases, residuals, k8, steps, tiles,
     x_n8, x_h8, x_w8, pixel_h8, pixel_w8,
     res_n8, res_h8, res_w8,
     out_n8, out_h8, out_w8, ring_h, ring_w, floor,
@@ -56,8 +57,8 @@ def ell_forward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One BM × BN tile of ``max(conv(x, weight) + bias + residual, floor)``, and the ring around its border pixels.
 
-    Bias and rectifier are switched by numbers, not by variants: every variant is one more program to keep free of
-    spills. Without a bias ``biases`` is 0; without a rectifier ``floor`` is -inf.
+    Bias, residual and rectifier are switched by numbers, not by variants: every variant is one more program to compile
+    and to keep free of spills. Without them ``biases`` and ``residuals`` are 0 and ``floor`` is -inf.
     """
     # All filter tiles of 8 pixel tiles run together: they read the same inputs, which then come from the L2 cache.
     program = tl.program_id(0)
@@ -112,9 +113,8 @@ def ell_forward(  # type: ignore[no-untyped-def]
     n = pixel // out_w // out_h
     # Rounded before the residual is added, as an addition of its own would be: half the registers to exchange.
     y = acc.to(out.dtype.element_ty).to(tl.float32)
-    if residual is not None:
-        cells = residual + ((n * res_n8 + p * res_h8 + q * res_w8).to(tl.int64) * 8)[:, None] + k[None, :]
-        y += tl.load(cells, mask=live, other=0.0).to(tl.float32)
+    cells = residual + ((n * res_n8 + p * res_h8 + q * res_w8).to(tl.int64) * 8)[:, None] + k[None, :]
+    y += tl.load(cells, mask=live & (residuals > 0), other=0.0).to(tl.float32)
     y = tl.maximum(y, floor, propagate_nan=tl.PropagateNan.ALL).to(out.dtype.element_ty)
     cells = out + ((n * out_n8 + (p + ring_h) * out_h8 + (q + ring_w) * out_w8).to(tl.int64) * 8)[:, None] + k[None, :]
     tl.store(cells, y, mask=live)
@@ -184,9 +184,10 @@ def launch_forward(
     bias_ptr = groups.view(torch.float32) if bias is None else bias.float().contiguous()
     biases, k8 = 0 if bias is None else shape.filters, out_NHWC.shape[3] // GROUP
     with on_device(x_NHWC):
-        ell_forward[(cdiv(pixels, config.bm) * tiles,)](
-            x_NHWC, weight, groups, bias_ptr, residual_NHWC, out_NHWC,
-            pixels, pixels - 1, out_h, out_w, biases, k8, steps, tiles,
+        launch(
+            ell_forward, (cdiv(pixels, config.bm) * tiles,),
+            x_NHWC, weight, groups, bias_ptr, out_NHWC if residual_NHWC is None else residual_NHWC, out_NHWC,
+            pixels, pixels - 1, out_h, out_w, biases, int(residual_NHWC is not None), k8, steps, tiles,
             image, row, column, shape.stride[0] * row, shape.stride[1] * column,
             *residual, *(s // GROUP for s in out_NHWC.stride()[:3]), *shape.ring, 0.0 if shape.relu else -math.inf,
             BM=config.bm, BN=config.bn, BK=config.bk,

@@ -15,6 +15,7 @@ from torch import Tensor
 from autoprune.kernels.formats.ell import GROUP, PADDING
 from autoprune.kernels.triton.configs import COMPILER, Config, pixel_parts
 from autoprune.kernels.triton.ell import check_size, on_device, strides8, tap_offset8
+from autoprune.kernels.triton.launching import launch
 from autoprune.kernels.triton.shapes import EllShape, cdiv
 
 _PADDING = tl.constexpr(PADDING)
@@ -116,13 +117,15 @@ def launch_dweight(
     workspace = torch.empty((parts, total), dtype=torch.float32, device=x_NHWC.device)
     gradient = torch.empty((tiles, steps, per_step * GROUP, config.bn), dtype=dy_NHWC.dtype, device=x_NHWC.device)
     with on_device(x_NHWC):
-        ell_dweight[(parts * tiles * row_blocks,)](
+        launch(
+            ell_dweight, (parts * tiles * row_blocks,),
             x_NHWC, dy_NHWC, groups, workspace,
             pixels, out_h, out_w, filters // GROUP, list8, tiles, row_blocks, turns,
             row, column, image, shape.stride[0] * row, shape.stride[1] * column, *steps_nhw,
             BM=config.bm, BN=config.bn, BK=config.bk, **config.options,
         )  # fmt: skip
-        ell_reduce[(cdiv(total, _REDUCE_BLOCK),)](
-            workspace, groups, gradient, total, parts, BN=config.bn, BLOCK=_REDUCE_BLOCK, **COMPILER
-        )
+        launch(
+            ell_reduce, (cdiv(total, _REDUCE_BLOCK),),
+            workspace, groups, gradient, total, parts, BN=config.bn, BLOCK=_REDUCE_BLOCK, **COMPILER,
+        )  # fmt: skip
     return gradient

@@ -68,7 +68,8 @@ class ELLConv2d(nn.Module):
         self.shape, self.options, self.density = shape, options, packed.density
         dense = options.master == "dense"
         self._hold("weight", packed.unpack() if dense else packed.weight)
-        self._hold("bias", bias)
+        # The kernel adds a float32 bias: kept so, it is not cast anew in every call.
+        self._hold("bias", bias.float() if bias is not None and options.master == "frozen" else bias)
         self.register_buffer("groups", packed.groups)
         training = options.master != "frozen"
         self.register_buffer("keep", packed.keep if options.master == "packed" else None)

@@ -24,15 +24,21 @@ _TAP_MASK = tl.constexpr(7)
 
 @triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=[
-        "rows", "pixels", "width", "area", "image_stride", "plane_stride", "line_stride", "pixel_row", "pixel_column",
+        "rows", "biases", "residuals", "floor",
+        "pixels", "width", "area", "image_stride", "plane_stride", "line_stride", "pixel_row", "pixel_column",
     ]
 )  # fmt: skip
 def spmm_forward(  # type: ignore[no-untyped-def]
     x, values, order, row_ptr, code, bias, residual, y,
-    rows, pixels, width, area, image_stride, plane_stride, line_stride, pixel_row, pixel_column,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    rows, biases, residuals, floor,
+    pixels, width, area, image_stride, plane_stride, line_stride, pixel_row, pixel_column,
+    BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One filter × BN pixels of ``relu(conv(x) + bias + residual)``; y and residual are NCHW, contiguous."""
+    """One filter × BN pixels of ``max(conv(x) + bias + residual, floor)``; y and residual are NCHW, contiguous.
+
+    Switched by numbers, so that there is one program to compile: without them ``biases`` and ``residuals`` are 0 and
+    ``floor`` is -inf.
+    """
     # All filters of a pixel tile run together: they read the same inputs, which then come from the caches.
     row = tl.program_id(0) % rows
     p = tl.program_id(0) // rows * BN + tl.arange(0, BN)
@@ -64,14 +70,11 @@ def spmm_forward(  # type: ignore[no-untyped-def]
         pixel = tl.load(x + corner[None, :] + offset[:, None], mask=live[:, None], other=0.0).to(tl.float32)
         acc += tl.sum(weight[:, None] * pixel, axis=0)
     filter = tl.load(order + row)
-    if HAS_BIAS:
-        acc += tl.load(bias + filter).to(tl.float32)
+    acc += tl.load(bias + filter, mask=biases > 0, other=0.0).to(tl.float32)
     cell = (image * rows + filter).to(tl.int64) * area + inner
     inside = p < pixels
-    if HAS_RESIDUAL:
-        acc += tl.load(residual + cell, mask=inside, other=0.0).to(tl.float32)
-    if RELU:
-        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    acc += tl.load(residual + cell, mask=inside & (residuals > 0), other=0.0).to(tl.float32)
+    acc = tl.maximum(acc, floor, propagate_nan=tl.PropagateNan.ALL)
     tl.store(y + cell, acc.to(y.dtype.element_ty), mask=inside)
 
 

@@ -5,6 +5,7 @@ Everything here but the launches themselves works without Triton, which is impor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from autoprune.core.errors import ModelError
 from autoprune.core.registry import unknown_name
+from autoprune.kernels.triton.launching import launch
 
 # Programs that fill a GPU a few times over: 132 multiprocessors × 8 resident programs × 2.
 _BUSY = 2048
@@ -206,12 +208,12 @@ def launch_forward(
         return
     config = config or pick(forward_configs(x.dtype), shape.filters, pixels)
     with _on_device(x):
-        spmm_forward[(shape.filters * -(-pixels // config.bn),)](
+        launch(
+            spmm_forward, (shape.filters * -(-pixels // config.bn),),
             padded, values, rows.order, rows.row_ptr, rows.code,
-            values if bias is None else bias, values if residual is None else residual, out,
-            shape.filters, *geometry,
-            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, RELU=shape.relu,
-            BK=config.bk, BN=config.bn, num_warps=config.warps, enable_fp_fusion=True,
+            values if bias is None else bias.to(values.dtype), values if residual is None else residual, out,
+            shape.filters, int(bias is not None), int(residual is not None), 0.0 if shape.relu else -math.inf,
+            *geometry, BK=config.bk, BN=config.bn, num_warps=config.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -240,7 +242,8 @@ def launch_dweight(
     splits = max(1, min(-(-pixels // config.bn), _BUSY // (shape.filters * chunks)))
     partial = x.new_empty((splits, entries), dtype=torch.float32)
     with _on_device(x):
-        spmm_dweight[(shape.filters * chunks * splits,)](
+        launch(
+            spmm_dweight, (shape.filters * chunks * splits,),
             padded, dy, rows.order, rows.row_ptr, rows.code, partial,
             shape.filters, chunks, splits, entries, *geometry,
             BK=config.bk, BN=config.bn, num_warps=config.warps, enable_fp_fusion=True,
