@@ -63,7 +63,7 @@ class SparseConv:
         usable = x.dtype in _DTYPES and dtype in _DTYPES and x.dim() == 4 and x.device.type == "cpu"
         if not usable or tuple(x.shape[2:]) != self.layer.input_hw:
             return F.conv2d(x, weight, bias, self.shape.stride, self.shape.padding, self.shape.dilation)
-        y = _forward(x, weight, self.number, dtype == torch.bfloat16)
+        y: Tensor = _forward(x, weight, self.number, dtype == torch.bfloat16)
         return y if bias is None else y + bias.to(y.dtype)[:, None, None]
 
     def backward(self, dy: Tensor, x: Tensor, weight: Tensor, wants: tuple[bool, bool]) -> tuple[Tensor, Tensor]:

@@ -128,7 +128,7 @@ class StepChooser:
         if reason is None and frozen.spec is not None:
             reason = refusal(frozen.spec)
         if reason is not None or frozen.spec is None:
-            dense = dict.fromkeys(DIRECTIONS, "dense")
+            dense = {str(direction): "dense" for direction in DIRECTIONS}
             self.runs[frozen.name] = LayerRun(frozen.name, dense, f"dense because {reason}")
             return None
         key = _key(frozen)
