@@ -33,7 +33,7 @@ def train(
         str | None,
         typer.Option(
             help="How the policy is reached: clicktrain, campfire, magnitude, agp, admm, lottery, slimming, "
-            "prunetrain, nm, ese, set, rigl, dsr or snip.",
+            "prunetrain, nm, ese, set, rigl, dsr, snip, deepr, nest or ssl.",
             show_default="the recipe's, or clicktrain",
         ),
     ] = None,

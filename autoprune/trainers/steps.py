@@ -182,7 +182,7 @@ def _refusal(frozen: FrozenLayer) -> str | None:
         return "the model could not be traced"
     if frozen.mask.device.type != "cpu":
         return f"no table of training steps on {frozen.mask.device.type} exists"
-    if tuple(frozen.module.weight.shape) != tuple(frozen.mask.shape):
+    if not tuple(frozen.module.weight.shape) == tuple(frozen.mask.shape) == frozen.spec.weight_shape:
         return "channels were taken out of it meanwhile"
     module = frozen.module
     if isinstance(module, torch.nn.Conv2d) and module.padding_mode != "zeros":
