@@ -1,7 +1,9 @@
 """What pruning during training costs and keeps, against dense training by the same recipe, seed by seed.
 
     python benchmarks/trainers.py [--case clicktrain campfire trade] [--epochs 16] [--seeds 3] [--embedded]
+    python benchmarks/trainers.py --case core --epochs 4 --seeds 2
 
+core: ClickTrain at 8.6 and 4.5 times, Campfire at 60 and 80 %, a searched policy against a uniform one of its latency.
 clicktrain: 2.25, 4.5, 8.6 and 10.7 times fewer convolution weights, per-kernel patterns and patterns shared by 16
 filters. campfire: window, CK and combined at 40 to 80 %, the era early, in the middle and late, ten more epochs in a
 hundred after a further drop, FGSM at 60 %. trade: ClickTrain against train → prune → fine-tune and train → ADMM →
@@ -17,13 +19,14 @@ import argparse
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import RESULTS, row
+from trainers_cells import CELLS, Cell
 
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
@@ -34,37 +37,11 @@ from autoprune.search_spaces.uniform import uniform_policy
 from autoprune.tasks.attack import attacked_accuracy
 from autoprune.tasks.data import DataSet, load_data
 from autoprune.tasks.models import build_model, load_weights
-from autoprune.trainers.campfire import window_entries
 from autoprune.trainers.recipe import Precision, Recipe, native_precision
 from autoprune.trainers.result import TrainResult
 from autoprune.trainers.run import TrainRequest, train_policy
 
-CASES = ("clicktrain", "campfire", "trade")
 EPSILONS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One line of a study: what is trained, and how.
-
-    Attributes:
-        study: Part of the row's case.
-        name: The row's choice.
-        texts: Choices of the uniform policy; none trains dense.
-        trainer, settings: The method.
-        recipe: How.
-        dense_recipe: Of the dense training that it is compared with.
-        attack: Whether FGSM is measured too.
-    """
-
-    study: str
-    name: str
-    texts: tuple[str, ...]
-    trainer: str
-    recipe: Recipe
-    dense_recipe: Recipe
-    settings: Mapping[str, object] = field(default_factory=dict)
-    attack: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +57,7 @@ class Bench:
         """Train one network, or take up what is trained already."""
         policy: Policy | None = None
         if not dense:
-            policy = uniform_policy(self.layers, cell.texts, model=self.model)
+            policy = cell.policy or uniform_policy(self.layers, cell.texts, model=self.model)
         request = TrainRequest(
             self.model, policy=policy, trainer=cell.trainer, settings=cell.settings if policy else {},
             recipe=cell.dense_recipe if dense else cell.recipe, seed=seed, data_dir=self.options.data_dir,
@@ -106,75 +83,6 @@ def run_key(request: TrainRequest) -> str:
     return f"bench-{kind}-e{request.recipe.epochs}-s{request.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def kernels_for(layers: Sequence[LayerSpec], ratio: float, entries: int = 4) -> float:
-    """Return the share of kernels to keep for ``ratio`` times fewer convolution weights; the first layer is dense.
-
-    At most 1: 2.25 is what patterns of 4 alone give where every convolution is 3×3 and pruned.
-    """
-    convs = [layer for layer in layers if layer.op == "conv"]
-    rest = [layer for layer in convs[1:] if layer.groups == 1]
-    scale = sum(layer.weights * (entries / 9 if layer.window == (3, 3) else 1.0) for layer in rest)
-    fixed = sum(layer.weights for layer in convs) - sum(layer.weights for layer in rest)
-    kept = sum(layer.weights for layer in convs) / ratio - fixed
-    return round(min(1.0, max(0.01, kept / scale)), 4)
-
-
-def clicktrain_cells(bench: Bench, recipe: Recipe) -> Iterator[Cell]:
-    """Study 1: patterns by compression and share."""
-    for ratio in (2.25, 4.5, 8.6, 10.7):
-        kernels = kernels_for(bench.layers, ratio)
-        for share in ("1x1", "16x1"):
-            texts = [f"pattern(count=8,entries=4,kernels={kernels},share={share})"]
-            texts += [f"fine(keep={kernels})"] if kernels < 1.0 else []
-            yield Cell("clicktrain", f"{ratio}x share {share}", tuple(texts), "clicktrain", recipe, recipe)
-
-
-def campfire_cells(bench: Bench, recipe: Recipe) -> Iterator[Cell]:
-    """Study 2: schemes by sparsity, the era's start, ten more epochs in a hundred; FGSM at 60 %."""
-    for percent in (40, 60, 70, 80):
-        keep = round(1.0 - percent / 100, 2)
-        schemes = {
-            "window": f"window(entries={window_entries(percent / 100)})",
-            "ck": f"ck(keep={keep})",
-            "combined": f"combined(keep={keep})",
-        }
-        for name, text in schemes.items():
-            texts = (text, f"fine(keep={keep})")
-            yield Cell(
-                "campfire", f"{name} {percent}%", texts, "campfire", recipe, recipe,
-                attack=percent == 60,
-            )  # fmt: skip
-    texts = ("ck(keep=0.4)", "fine(keep=0.4)")
-    length = max(1, round(0.3 * recipe.epochs))
-    for name, share in (("early", 0.0), ("middle", 0.3), ("late", 0.5)):
-        settings = {"era_start": int(share * recipe.epochs), "era_length": length}
-        yield Cell("campfire era", f"ck 60% {name}", texts, "campfire", recipe, recipe, settings)
-    drops = tuple(round(recipe.epochs * part / 9) for part in (3, 6))
-    short = replace(recipe, schedule="steps", drops=drops, peak_lr=0.1)
-    more = max(1, round(recipe.epochs / 9))
-    long = replace(short, epochs=recipe.epochs + more, drops=(*drops, recipe.epochs))
-    settings = {"era_start": drops[0], "era_length": max(1, min(length, recipe.epochs - 1 - drops[0]))}
-    for name, chosen in (("without", short), (f"with {more}", long)):
-        yield Cell("campfire more epochs", f"ck 60% {name}", texts, "campfire", chosen, chosen, settings)
-
-
-def trade_cells(bench: Bench, recipe: Recipe) -> Iterator[Cell]:
-    """Study 3: what pruning afterwards costs for the accuracy of pruning meanwhile, at 8.6 times."""
-    kernels = kernels_for(bench.layers, 8.6)
-    texts = (f"pattern(count=8,entries=4,kernels={kernels},share=1x1)", f"fine(keep={kernels})")
-    yield Cell("trade", "clicktrain", texts, "clicktrain", recipe, recipe)
-    epochs = recipe.epochs
-    for part in (0.25, 0.5, 1.0, 1.3):
-        tuned = max(1, round(part * epochs))
-        settings = {"prune_epoch": epochs}
-        name = f"train, prune, fine-tune {part:g}E"
-        yield Cell("trade", name, texts, "magnitude", replace(recipe, epochs=epochs + tuned), recipe, settings)
-    half = max(1, epochs // 2)
-    settings = {"warmup_epochs": epochs, "hard_epoch": epochs + half}
-    chosen = replace(recipe, epochs=epochs + 2 * half)
-    yield Cell("trade", "train, ADMM 0.5E, retrain 0.5E", texts, "admm", chosen, recipe, settings)
-
-
 def case_of(bench: Bench, cell: Cell) -> str:
     """Return the text of a row's case: study, network, data, epochs of the dense training, seeds, device."""
     options = bench.options
@@ -182,7 +90,7 @@ def case_of(bench: Bench, cell: Cell) -> str:
     where = " on cuda" if options.device == "cuda" else ""
     return (
         f"{cell.study}: {bench.model} fashion-mnist {part}, {cell.dense_recipe.epochs} epochs, "
-        f"{options.seeds} seeds{where}"
+        f"{options.seeds} seed{'s' if options.seeds > 1 else ''}{where}"
     )
 
 
@@ -220,13 +128,17 @@ def measure(bench: Bench, cell: Cell) -> list[BenchRow]:
     seconds = [result.seconds["train"] for result, _ in pruned]
     base = float(np.median([result.seconds["train"] for result, _ in dense]))
     rows.append(made("training time, measured", seconds, base, "s"))
+    if cell.latency is not None:
+        rows.append(made("latency / dense latency, by the search's table", [cell.latency]))
     rows.append(made("epochs", [float(cell.recipe.epochs)], float(cell.dense_recipe.epochs), "epochs"))
     if cell.attack:
         attacked = [bench.attacked(folder) for _, folder in pruned]
         clean = [bench.attacked(folder) for _, folder in dense]
+        part = "" if options.images is None else f", {options.images} images"
         for epsilon in EPSILONS:
             base = float(np.median([found[epsilon] for found in clean]))
-            rows.append(made(f"test accuracy under FGSM {epsilon:g}", [found[epsilon] for found in attacked], base))
+            name = f"test accuracy under FGSM {epsilon:g}{part}"
+            rows.append(made(name, [found[epsilon] for found in attacked], base))
     return rows
 
 
@@ -241,7 +153,7 @@ def known(path: Path) -> set[tuple[str, str]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the studies cell by cell; rows are written as soon as a cell is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--case", nargs="+", choices=list(CELLS), default=list(CELLS)[1:])
     parser.add_argument("--only", default="", help="cells whose name contains this text")
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
@@ -259,9 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = Bench(options.model, data, layers, options)
     precision: Precision = "bf16" if options.device == "cuda" else native_precision()
     recipe = Recipe(epochs=options.epochs, precision=precision)
-    makers = {"clicktrain": clicktrain_cells, "campfire": campfire_cells, "trade": trade_cells}
     for name in options.case:
-        for cell in makers[name](bench, recipe):
+        for cell in CELLS[name](layers, recipe):
             if options.only not in cell.name or (case_of(bench, cell), cell.name) in known(options.results):
                 continue
             rows = measure(bench, cell)

@@ -46,6 +46,9 @@ SETTINGS: dict[str, dict[str, object]] = {
     "dsr": {"every": 2},
     "slimming": {"l1": 1e-2},
     "prunetrain": {"interval": 2, "threshold": 0.09},
+    "deepr": {"l1": 0.05, "noise": 0.02},
+    "nest": {"every": 2},
+    "ssl": {"prune_epoch": 2, "lasso": 1e-2},
 }
 STEPS, EPOCHS = 3, 6
 PAIRS = [

@@ -33,7 +33,7 @@ def train(
         str | None,
         typer.Option(
             help="How the policy is reached: clicktrain, campfire, magnitude, agp, admm, lottery, slimming, "
-            "prunetrain, nm, ese, set, rigl, dsr or snip.",
+            "prunetrain, nm, ese, set, rigl, dsr, snip, deepr, nest or ssl.",
             show_default="the recipe's, or clicktrain",
         ),
     ] = None,
@@ -70,6 +70,12 @@ def train(
     batch: options.Batch = 1,
     threads: options.Threads = 1,
     device: Annotated[str, typer.Option(help="Where training runs: cpu or cuda.")] = "cpu",
+    dense_kernels: Annotated[
+        bool,
+        typer.Option(
+            "--dense-kernels", help="Train on PyTorch's dense kernels even where a sparse one is measured to be faster."
+        ),
+    ] = False,
     seed: options.Seed = 0,
     no_dense_control: Annotated[
         bool, typer.Option("--no-dense-control", help="Leave out the dense training to compare with.")
@@ -112,6 +118,7 @@ def train(
         batch=batch,
         threads=threads,
         device=device,
+        sparse=not dense_kernels,
     )
     name = run or run_name(*_origin(policy, uniform or [], request), *_recipe_name(recipe), f"e{length}", f"s{seed}")
     with joined(device) as team:
@@ -228,4 +235,11 @@ def _savings_text(savings: Savings) -> str:
         parts.append(f"training MACs saved (counted) {percent(savings.training_macs_saved)}")
     if savings.training_time_saved is not None:
         parts.append(f"training time saved (measured) {percent(savings.training_time_saved)}")
-    return "; ".join(parts)
+    if savings.final_time_saved is not None:
+        parts.append(f"of an epoch under final masks {percent(savings.final_time_saved)}")
+    lines = ["; ".join(parts)]
+    if savings.trained_on:
+        sparse = sum(set(run.kernels.values()) != {"dense"} for run in savings.trained_on)
+        lines.append(f"trained on sparse kernels: {sparse} of {len(savings.trained_on)} pruned layers")
+        lines += [f"  {run.layer}: {run.why}" for run in savings.trained_on]
+    return "\n".join(lines)

@@ -320,6 +320,10 @@ class Cache:
         """Factor on one latency budget, found by deploying."""
         return self._folder / f"aim-{key}.json"
 
+    def steps(self, key: str) -> Path:
+        """Times of training steps, per layer, direction and kernel, in one context."""
+        return self._folder / f"steps-{key}.json"
+
     def _errors(self, key: str) -> Path:
         return self._folder / f"errors-{key}.json"
 

@@ -96,6 +96,7 @@ class Dynamic(Method):
     def __init__(self, layers: Sequence[PrunedLayer], clock: Clock, settings: object | None) -> None:
         super().__init__(layers, clock, settings)
         self.settings = read_settings(DynamicSettings, self.name, settings)
+        self.seed = self.settings.seed
         self.last = min(clock.steps - 1, max(1, round(self.settings.stop * clock.steps)))
         self.gradients: dict[str, Tensor] = {}
         self.frozen = False
@@ -145,7 +146,7 @@ class Dynamic(Method):
 
     def _draw(self, layer: PrunedLayer, step: int) -> Tensor:
         """Return a random number per unit, by seed, step and layer: a resumed training draws the same."""
-        generator = torch.Generator().manual_seed(seed_of(self.settings.seed, step, layer.name))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, step, layer.name))
         units = len(unit_values(layer.parameter.detach(), layer.choice))
         return torch.rand(units, generator=generator).to(layer.parameter.device)
 

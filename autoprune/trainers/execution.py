@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -25,12 +26,14 @@ class FrozenLayer:
     """What a chooser decides by.
 
     Attributes:
+        name: Of the layer in the model.
         module: The convolution or linear layer; its stride and padding are read from it.
         choice: Of the policy.
         mask: Final; boolean, shape of the weight, on its device.
         spec: As traced; None where the model could not be.
     """
 
+    name: str
     module: nn.Conv2d | nn.Linear
     choice: Choice
     mask: Tensor
@@ -39,6 +42,40 @@ class FrozenLayer:
 
 # Returns the operator that is to run a layer, or None to leave it dense.
 Chooser = Callable[[FrozenLayer], SparseForward | None]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """What a layer is trained on, and why.
+
+    Attributes:
+        layer: Its name.
+        kernels: Direction of the step → kernel; all ``dense`` where it stays as it is.
+        why: In words, with the figures.
+        dense_us, chosen_us: A step of the layer, all directions; 0 where nothing was measured.
+    """
+
+    layer: str
+    kernels: Mapping[str, str]
+    why: str
+    dense_us: float = 0.0
+    chosen_us: float = 0.0
+
+    @property
+    def sparse(self) -> bool:
+        """Whether any direction runs on a sparse kernel."""
+        return any(kernel != "dense" for kernel in self.kernels.values())
+
+
+@runtime_checkable
+class _Explaining(Protocol):
+    """A chooser that gives its reasons, and whose decisions a resumed training repeats."""
+
+    def explain(self) -> tuple[LayerRun, ...]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class _Forward:
@@ -75,7 +112,7 @@ class Execution:
             assert isinstance(module, nn.Conv2d | nn.Linear)
             if layer.mask is None or layer.name in self.running:
                 continue
-            run = self.choose(FrozenLayer(module, layer.choice, layer.mask, specs.get(layer.name)))
+            run = self.choose(FrozenLayer(layer.name, module, layer.choice, layer.mask, specs.get(layer.name)))
             if run is not None:
                 module.forward = _Forward(module, run)  # type: ignore[assignment, method-assign]
                 self.running[layer.name] = module
@@ -85,3 +122,16 @@ class Execution:
         for module in self.running.values():
             del module.forward
         self.running.clear()
+
+    def explain(self) -> tuple[LayerRun, ...]:
+        """Return what each layer was decided to run on, and why; nothing where the chooser gives no reasons."""
+        return self.choose.explain() if isinstance(self.choose, _Explaining) else ()
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what the chooser decides by; None where it decides by nothing that is kept."""
+        return self.choose.state_dict() if isinstance(self.choose, _Explaining) else None
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Take ``state_dict``'s answer."""
+        if state is not None and isinstance(self.choose, _Explaining):
+            self.choose.load_state_dict(state)

@@ -27,6 +27,7 @@ from autoprune.trainers.layers import choices_of
 from autoprune.trainers.recipe import Recipe, augment, make_optimizer, mix, segment_factor
 from autoprune.trainers.schedule import TrainerError
 from autoprune.trainers.session import Session, SessionReport, attach
+from autoprune.trainers.steps import StepChooser, StepSettings, StepTable
 from autoprune.trainers.team import Team, watched
 
 
@@ -45,11 +46,16 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """How a training prunes: towards which policy, by which method, with which of the method's settings."""
+    """How a training prunes: towards which policy, by which method, with which of the method's settings.
+
+    With ``steps`` layers run on the sparse kernels that these rows, or else a measurement, say are faster, once their
+    masks are final; None trains on dense kernels throughout.
+    """
 
     policy: Policy | Mapping[str, Choice]
     method: str = "clicktrain"
     settings: Mapping[str, object] = field(default_factory=dict)
+    steps: StepTable | None = None
 
     def record(self) -> dict[str, object]:
         """Return what a checkpoint is compared by."""
@@ -219,6 +225,9 @@ def _start(model: nn.Module, data: DataSet, identity: _Identity, team: Team) -> 
         )
         if team.size > 1:
             session.compress_gradients()
+        if pruning.steps is not None:
+            settings = StepSettings(recipe.batch_size // team.size, recipe.precision == "bf16")
+            session.run_sparse(StepChooser(settings, pruning.steps))
     restarts = [] if session is None else [(restart.epoch, restart.scale) for restart in session.method.restarts]
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: segment_factor(recipe, restarts, step, steps)

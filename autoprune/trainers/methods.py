@@ -4,14 +4,19 @@ from autoprune.trainers import (
     admm,
     campfire,
     clicktrain,
+    deepr,
     dynamic,
     ese,
     lottery,
     magnitude,
+    nest,
     nm,
     prunetrain,
     slimming,
     snip,
+    ssl,
 )
 
-MODULES = (admm, campfire, clicktrain, dynamic, ese, lottery, magnitude, nm, prunetrain, slimming, snip)
+MODULES = (
+    admm, campfire, clicktrain, deepr, dynamic, ese, lottery, magnitude, nest, nm, prunetrain, slimming, snip, ssl,
+)  # fmt: skip

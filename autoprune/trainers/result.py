@@ -19,11 +19,23 @@ class TrainedAccuracy(BaseModel):
     best_epoch: int | None = None
 
 
+class TrainedOn(BaseModel):
+    """What a layer was trained on once its mask was final, and why; µs of its step, 0 where nothing was measured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    layer: str
+    kernels: dict[str, str]
+    why: str
+    dense_us: float
+    chosen_us: float
+
+
 class Savings(BaseModel):
     """What the policy removed, on the trained weights; definitions as in ``sparsity.metrics``.
 
-    MACs saved are counted, time saved is measured: whole epochs against those of the dense control. Dead channels are
-    those that ``dead_channels`` can take out losslessly, per layer.
+    MACs saved are counted, time saved is measured: whole epochs against those of the dense control, and of these the
+    ones under final masks alone. Dead channels are those that ``dead_channels`` can take out losslessly, per layer.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -38,6 +50,8 @@ class Savings(BaseModel):
     inference_macs_saved: float | None
     training_macs_saved: float | None
     training_time_saved: float | None = None
+    final_time_saved: float | None = None
+    trained_on: list[TrainedOn] = []
     scoring_passes: float = 0.0
     dead_channels: dict[str, int] | None = None
     phases: list[tuple[str, int, int]]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from autoprune.core.errors import DeviceError, ModelError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.core.progress import Progress, Silent
-from autoprune.core.rundir import RunDir, atomic_path, write_text
+from autoprune.core.rundir import Cache, RunDir, atomic_path, write_text
 from autoprune.kernels.convert import DeployedModel, convert, is_masked
 from autoprune.kernels.gpu import GpuModel, HostModel
 from autoprune.lut.bench import bench_deployed
@@ -34,8 +35,9 @@ from autoprune.tasks.models import build_model, load_weights
 from autoprune.trainers.dead_channels import eliminate_dead_channels
 from autoprune.trainers.loop import Epoch, Pruning, Trained, train, write_metrics
 from autoprune.trainers.recipe import Recipe
-from autoprune.trainers.result import Deployment, Savings, TrainedAccuracy, TrainResult
+from autoprune.trainers.result import Deployment, Savings, TrainedAccuracy, TrainedOn, TrainResult
 from autoprune.trainers.schedule import TrainerError
+from autoprune.trainers.steps import StepSettings, StepTable, load_steps, save_steps
 
 __all__ = ["TrainRequest", "TrainResult", "follow_training", "make_uniform", "train_policy"]
 
@@ -61,6 +63,7 @@ class TrainRequest:
         bench_seconds: How long it is timed; 0 leaves timing out.
         compile: Whether ``torch.compile`` is among the dense executions.
         device: Where training runs and the network is deployed, ``cpu`` or ``cuda``.
+        sparse: Whether layers are trained on sparse kernels where these are measured to be faster.
     """
 
     model: str
@@ -79,6 +82,7 @@ class TrainRequest:
     bench_seconds: float = 10.0
     compile: bool = True
     device: str = "cpu"
+    sparse: bool = True
 
     def config(self) -> dict[str, object]:
         """Return what determines the trained weights, as JSON values: the configuration of the run's folder."""
@@ -126,7 +130,7 @@ def train_policy(request: TrainRequest, run: RunDir, progress: Progress | None =
         seconds={"train": sum(entry.seconds for entry in trained.log)},
     )
     if control is not None:
-        _add_control(result, control, data, request, run, progress)
+        _add_control(result, (control, trained.log), data, request, run, progress)
     if request.policy is not None and request.bench_seconds > 0:
         result.deployment = _deploy(model, control, data, request, progress)
     write_text(run.training, result.model_dump_json(indent=1) + "\n")
@@ -144,7 +148,9 @@ def follow_training(request: TrainRequest, run: RunDir) -> None:
         AutopruneError: As ``train_policy``.
     """
     model, control, data = _prepare(request)
-    train(model, data, request.recipe, seed=request.seed, pruning=_pruning(request), checkpoint=run.checkpoint)
+    steps: StepTable | None = {} if _trains_sparse(request) else None
+    pruning = _pruning(request, steps)
+    train(model, data, request.recipe, seed=request.seed, pruning=pruning, checkpoint=run.checkpoint)
     if control is not None:
         folder = RunDir.named(run.path, CONTROL_NAME)
         train(control, data, request.recipe, seed=request.seed, checkpoint=folder.checkpoint)
@@ -160,8 +166,12 @@ def _prepare(request: TrainRequest) -> tuple[nn.Module, nn.Module | None, DataSe
     return model, copy.deepcopy(model) if request.control else None, data
 
 
-def _pruning(request: TrainRequest) -> Pruning | None:
-    return None if request.policy is None else Pruning(request.policy, request.trainer, request.settings)
+def _pruning(request: TrainRequest, steps: StepTable | None) -> Pruning | None:
+    return None if request.policy is None else Pruning(request.policy, request.trainer, request.settings, steps)
+
+
+def _trains_sparse(request: TrainRequest) -> bool:
+    return request.sparse and request.device == "cpu" and request.policy is not None
 
 
 def _first_weights(request: TrainRequest, data: DataSet) -> nn.Module:
@@ -197,7 +207,13 @@ def make_uniform(model: str, data: str, texts: Sequence[str]) -> Policy:
 def _train(
     model: nn.Module, data: DataSet, request: TrainRequest, run: RunDir, progress: Progress, *, dense: bool = False
 ) -> Trained:
-    pruning = None if dense else _pruning(request)
+    steps, kept = None, None
+    if _trains_sparse(request) and not dense:
+        # Shared by the runs of this folder: the same seed ends at the same weights on the same machine.
+        half = request.recipe.precision == "bf16"
+        kept = Cache(run.path.parent).steps(StepSettings(request.recipe.batch_size, half).key)
+        steps = load_steps(kept)
+    pruning = None if dense else _pruning(request, steps)
     progress.stage("dense control" if dense else "train", request.recipe.epochs)
     log: list[Epoch] = []
 
@@ -213,14 +229,23 @@ def _train(
     trained = train(
         model, data, request.recipe, seed=request.seed, pruning=pruning, checkpoint=run.checkpoint, on_epoch=tell
     )
+    if kept is not None and steps:
+        save_steps(kept, steps)
     with atomic_path(run.weights) as temporary:
         save_file({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}, temporary)
     return trained
 
 
 def _add_control(
-    result: TrainResult, control: nn.Module, data: DataSet, request: TrainRequest, run: RunDir, progress: Progress
+    result: TrainResult,
+    pair: tuple[nn.Module, list[Epoch]],
+    data: DataSet,
+    request: TrainRequest,
+    run: RunDir,
+    progress: Progress,
 ) -> None:
+    """Train the dense network; ``pair`` is it with the log of the pruned one."""
+    control, own = pair
     folder = RunDir.open(run.path, CONTROL_NAME, {**request.config(), "pruning": None})
     trained = _train(control, data, request, folder, progress, dense=True)
     result.dense = _judge(control, data, trained.log)
@@ -228,6 +253,16 @@ def _add_control(
     result.seconds["dense control"] = sum(entry.seconds for entry in trained.log)
     if result.savings is not None and result.seconds["dense control"] > 0:
         result.savings.training_time_saved = 1.0 - result.seconds["train"] / result.seconds["dense control"]
+        result.savings.final_time_saved = _final_time_saved(own, trained.log)
+
+
+def _final_time_saved(pruned: list[Epoch], dense: list[Epoch]) -> float | None:
+    """Return the share of time that an epoch under final masks saves; the first one, which also measures, left out."""
+    final = [entry for entry in pruned if entry.sparsity == pruned[-1].sparsity][1:]
+    if not final:
+        return None
+    beside = float(np.median([dense[entry.epoch].seconds for entry in final]))
+    return 1.0 - float(np.median([entry.seconds for entry in final])) / beside if beside > 0 else None
 
 
 def _judge(model: nn.Module, data: DataSet, log: list[Epoch]) -> TrainedAccuracy:
@@ -262,6 +297,11 @@ def _savings(trained: Trained, model: nn.Module) -> Savings | None:
         scoring_passes=report.scoring_passes,
         dead_channels=_dead_channels(model),
         phases=[(phase.name, phase.first_epoch, phase.steps) for phase in report.phases],
+        trained_on=[
+            TrainedOn(layer=run.layer, kernels=dict(run.kernels), why=run.why, dense_us=run.dense_us,
+                      chosen_us=run.chosen_us)
+            for run in report.layers_run
+        ],
     )
 
 

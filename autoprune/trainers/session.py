@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ class Session:
         """Run layers on sparse kernels, forward and backward, as soon as their masks are final; see ``execution``.
 
         Args:
-            choose: Returns the operator of a layer, or None to leave it dense.
+            choose: Returns the operator of a layer, or None to leave it dense; ``StepChooser`` measures.
         """
         if self._execution is not None:
             self._execution.stop()
@@ -201,7 +201,8 @@ class Session:
         self._masking.mask_weights()
         self.detach()
         self.method.closing()
-        return make_report(self.method, self.model, choices_of(self._policy), self._specs, self._ledger, self.steps)
+        report = make_report(self.method, self.model, choices_of(self._policy), self._specs, self._ledger, self.steps)
+        return report if self._execution is None else replace(report, layers_run=self._execution.explain())
 
     def detach(self) -> None:
         """Take the hooks off; weights stay as they are. May be called twice."""
@@ -223,6 +224,7 @@ class Session:
             **self._ledger.state_dict(),
             "specs": None if self._specs is None else [asdict(spec) for spec in self._specs],
             "inner": self.method.state_dict(),
+            "execution": None if self._execution is None else self._execution.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -257,6 +259,7 @@ class Session:
         self._ledger.keep(self._masking.count())
         if self._execution is not None:
             self._execution.stop()
+            self._execution.load_state_dict(state.get("execution"))
         if self._compression is not None:
             self._compression.freeze([])
         self._settle()

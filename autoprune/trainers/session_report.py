@@ -11,6 +11,7 @@ from torch import nn
 from autoprune.core.choices import Choice
 from autoprune.core.layers import LayerSpec
 from autoprune.sparsity.metrics import SparsityReport, summarise, training_macs_saved
+from autoprune.trainers.execution import LayerRun
 
 if TYPE_CHECKING:
     from autoprune.trainers.ledger import Ledger
@@ -41,6 +42,7 @@ class SessionReport:
             Counted, not measured: what time it saved is for a clock to say.
         scoring_passes: Dense forward and backward passes that the method spent on scores beside the steps; the MACs
             saved have them subtracted.
+        layers_run: What each layer was trained on once its mask was final, and why; empty where nobody measured.
     """
 
     method: str
@@ -50,6 +52,7 @@ class SessionReport:
     sparsity: SparsityReport
     training_macs_saved: float | None
     scoring_passes: float = 0.0
+    layers_run: tuple[LayerRun, ...] = ()
 
 
 def make_report(

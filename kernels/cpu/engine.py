@@ -9,13 +9,14 @@ from typing import Any
 
 from numba import njit
 
+from autoprune.kernels.cpu.passes import run_pass
 from autoprune.kernels.cpu.rows import ROW_BYTES, Control, Field, Op
 from autoprune.kernels.cpu.steps import step
 from autoprune.kernels.cpu.vector import exchange, fetch_add, give_way, now_ns, pause, peek, poke, watch
 
 SPINS_BEFORE_YIELD = 500  # some microseconds: longer waits mean that the other thread needs this core
 STOPPED = -1
-COMPILED_FROM = ("emit", "engine", "rows", "select", "shapes", "steps", "tiles", "vector")
+COMPILED_FROM = ("emit", "engine", "gradient", "passes", "rows", "select", "shapes", "steps", "tiles", "vector")
 
 
 @njit(nogil=True)
@@ -160,6 +161,8 @@ def _compile() -> Callable[[int, int, int, int, int], int]:
             poke(control + 8 * Control.TARGET, b)
             poke(control + 8 * Control.REPEATS, 1)
             poke(control + 8 * Control.TIMES, 0)
+        elif verb == 4:
+            run_pass(control, a, b)
         return stamp
 
     entry: Callable[[int, int, int, int, int], int] = enter
@@ -168,5 +171,6 @@ def _compile() -> Callable[[int, int, int, int, int], int]:
 
 ENTER = _compile()
 # The verbs of ENTER(verb, control, a, b, c): run as thread a; serve as worker a that saw run b, for c ns at most;
-# announce a run; prepare one run from the tensor at address a to the one at b.
-RUN, WORK, ANNOUNCE, PREPARE = 0, 1, 2, 3
+# announce a run; prepare one run from the tensor at address a to the one at b. PASS takes a training pass in place of
+# the control block and runs it on images a to b - 1.
+RUN, WORK, ANNOUNCE, PREPARE, PASS = 0, 1, 2, 3, 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from autoprune.kernels.cpu.shapes import BLOCK_TILES, LANES
+from autoprune.kernels.cpu.shapes import BLOCK_TILES, GRADIENT_TILES, LANES, BlockTile
 
 # Cycles, measured on Zen 5: a broadcast or vector load .58, an FMA .5, and what a tile costs around its loop.
 LOAD_CYCLES, FMA_CYCLES, LATENCY_CYCLES, TILE_CYCLES, STORE_CYCLES = 0.58, 0.5, 4.0, 20.0, 1.2
@@ -58,10 +58,34 @@ def cover_cost(
         entries: Mean kept blocks per group of filters, rounded.
         registers: Vectors that fit into the machine's registers.
     """
-    prices = _prices(vectors, entries, registers)
+    return _cover(height, width, BLOCK_TILES, _prices(vectors, entries, registers))
+
+
+@lru_cache(maxsize=4096)
+def gradient_cover(height: int, width: int, entries: int, registers: int) -> tuple[tuple[int, int, int], ...]:
+    """Return (variant, row, column) of the gradient tiles that cover a map in the least predicted time.
+
+    Args:
+        height, width: Of the output.
+        entries: Mean kept blocks per group of filters, rounded.
+        registers: Vectors that fit into the machine's registers.
+    """
+    prices = {}
+    for variant, tile in enumerate(GRADIENT_TILES):
+        pixels = tile.rows * tile.cols
+        # A vector that finds no register is read again for every block.
+        spilt = max(0, pixels - (registers - 3))
+        loop = max((pixels + spilt + 2) * LOAD_CYCLES, pixels * FMA_CYCLES) + 1.0
+        prices[variant] = entries * loop + TILE_CYCLES + pixels * LOAD_CYCLES
+    return _cover(height, width, GRADIENT_TILES, prices)
+
+
+def _cover(
+    height: int, width: int, shapes: tuple[BlockTile, ...], prices: dict[int, float]
+) -> tuple[tuple[int, int, int], ...]:
     columns = {}
-    for cols in {BLOCK_TILES[v].cols for v in prices}:
-        pieces = {v: (BLOCK_TILES[v].rows, cost) for v, cost in prices.items() if BLOCK_TILES[v].cols == cols}
+    for cols in {shapes[v].cols for v in prices}:
+        pieces = {v: (shapes[v].rows, cost) for v, cost in prices.items() if shapes[v].cols == cols}
         columns[cols] = _fill(height, pieces)
     total, widths = _fill(width, {cols: (cols, cost) for cols, (cost, _) in columns.items()})
     tiles, left = [], 0
@@ -69,7 +93,7 @@ def cover_cost(
         top = 0
         for variant in columns[cols][1]:
             tiles.append((variant, top, left))
-            top += BLOCK_TILES[variant].rows
+            top += shapes[variant].rows
         left += cols
     return total, tuple(sorted(tiles, key=lambda tile: tile[1:]))
 

@@ -55,6 +55,10 @@ class Memory:
         self._arrays.append(array)
         return int(array.ctypes.data)
 
+    def kept(self, address: int) -> npt.NDArray[np.generic]:
+        """Return the array that ``keep`` gave this address."""
+        return next(array for array in self._arrays if array.ctypes.data == address)
+
     def at(self, buffer: Buffer, row: int = 0, col: int = 0) -> int:
         """Return the address of a pixel of image 0."""
         return self.base[buffer.index] + self.strides[buffer.index].at(row, col)

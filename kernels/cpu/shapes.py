@@ -52,6 +52,17 @@ BLOCK_TILES = (
     BlockTile(2, 7, 2),
     BlockTile(1, 8, 2),
 )
+# Of the weight gradient: few shapes, for every one costs a second to compile; the more pixels the better.
+GRADIENT_TILES = (
+    BlockTile(1, 1, 1),
+    BlockTile(1, 4, 1),
+    BlockTile(1, 8, 1),
+    BlockTile(1, 14, 1),
+    BlockTile(2, 14, 1),
+    BlockTile(1, 7, 1),
+    BlockTile(3, 7, 1),
+    BlockTile(4, 7, 1),
+)
 CSR_TILES = (
     CsrTile(1, 4),
     CsrTile(2, 4),

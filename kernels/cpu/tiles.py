@@ -43,7 +43,7 @@ def field(b: ir.IRBuilder, row: ir.Value, name: Field) -> ir.Value:
     return load(b, b.add(row, i64(8 * name)), I64, 8)
 
 
-def _multiples(b: ir.IRBuilder, step: ir.Value, count: int) -> list[ir.Value]:
+def multiples(b: ir.IRBuilder, step: ir.Value, count: int) -> list[ir.Value]:
     """Return 0, step, 2 step, … as odd multiples times powers of two, which x86 addresses scale for free."""
     odd = {k: b.mul(step, i64(k)) for k in range(1, count, 2)}
     result = [i64(0)]
@@ -60,8 +60,8 @@ def _finish(
     places = [(r, q, v) for r in range(tile.rows) for q in range(tile.cols) for v in range(tile.vectors)]
 
     def addresses(base: ir.Value, row_field: Field, step_field: Field) -> list[ir.Value]:
-        rows = _multiples(b, field(b, row, row_field), tile.rows)
-        steps = _multiples(b, field(b, row, step_field), tile.cols)
+        rows = multiples(b, field(b, row, row_field), tile.rows)
+        steps = multiples(b, field(b, row, step_field), tile.cols)
         return [b.add(b.add(base, rows[r]), b.add(steps[q], i64(VECTOR_BYTES * v))) for r, q, v in places]
 
     def add_residual(_: ir.Value, now: list[ir.Value]) -> list[ir.Value]:
@@ -84,8 +84,8 @@ def block_tile(tile: BlockTile) -> Callable[..., Any]:
         b: ir.IRBuilder, row: ir.Value, x: ir.Value, out: ir.Value, res: ir.Value, offsets: ir.Value,
         weights: ir.Value, count: ir.Value, bias: ir.Value,
     ) -> None:
-        rows = _multiples(b, field(b, row, Field.X_ROW), tile.rows)
-        steps = _multiples(b, field(b, row, Field.X_STEP), tile.cols)
+        rows = multiples(b, field(b, row, Field.X_ROW), tile.rows)
+        steps = multiples(b, field(b, row, Field.X_STEP), tile.cols)
         start = [load(b, b.add(bias, i64(VECTOR_BYTES * v))) for v in range(width)] * pixels
 
         def entry(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
