@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.tasks.data import DataSet
+from autoprune.tasks.outputs import main_output
 from autoprune.trainers.recipe import Precision, Recipe, augment, make_optimizer, native_precision
 
 
@@ -97,7 +98,7 @@ def finetune_steps(images: int, recipe: FinetuneRecipe) -> int:
 
 def _loss(model: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, recipe: FinetuneRecipe) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-        logits = model(images).float()
+        logits = main_output(model(images)).float()
         with torch.no_grad():
             target = teacher(images).float()
     t = recipe.temperature
