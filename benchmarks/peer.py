@@ -36,8 +36,8 @@ from autoprune.lut.measure import interleaved_us
 from autoprune.search.config import SearchConfig
 from autoprune.search.pipeline import run_search
 from autoprune.tasks.metrics import accuracy
-from autoprune.tasks.models import load_weights
 from autoprune.tasks.task import Task, load_task
+from autoprune.tasks.weights import load_weights
 from autoprune.trainers.finetune import FinetuneRecipe, Teacher, finetune
 from autoprune.trainers.recipe import Recipe, make_optimizer
 

@@ -36,7 +36,8 @@ from autoprune.search_spaces.trace import trace
 from autoprune.search_spaces.uniform import uniform_policy
 from autoprune.tasks.attack import attacked_accuracy
 from autoprune.tasks.data import DataSet, load_data
-from autoprune.tasks.models import build_model, load_weights
+from autoprune.tasks.models import build_model
+from autoprune.tasks.weights import load_weights
 from autoprune.trainers.recipe import Precision, Recipe, native_precision
 from autoprune.trainers.result import TrainResult
 from autoprune.trainers.run import TrainRequest, train_policy

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,12 @@ from autoprune.kernels.deployed import DeployedModel, NestedModel, PlannedModel
 from autoprune.kernels.dispatch import CPU, Decision, LatencyRows, Place, decide, lookup_of
 from autoprune.kernels.gpu import GpuModel, build_gpu
 from autoprune.kernels.gpu_plan import fused_network
+from autoprune.kernels.inputs import Example, first_tensor, tensors_in
 from autoprune.kernels.modules import LayerKernel, ProgramLayer
-from autoprune.kernels.nested import Layer, disagreement, layers_by_hooks, torch_form
+from autoprune.kernels.nested import disagreement, layers_by_hooks, torch_form
 from autoprune.kernels.plan import KernelName, Plan, build_plan, kernel_for
 from autoprune.kernels.plan_ops import PlanRefusal
+from autoprune.kernels.survey import Layer, survey
 
 __all__ = ["DeployedModel", "GpuModel", "LatencyRows", "NestedModel", "PlannedModel", "convert"]
 
@@ -34,7 +37,7 @@ __all__ = ["DeployedModel", "GpuModel", "LatencyRows", "NestedModel", "PlannedMo
 def convert(
     model: nn.Module,
     policy: Policy | Mapping[str, Choice],
-    example: Tensor,
+    example: Example,
     table: LatencyRows | None = None,
     threads: int = 1,
     *,
@@ -48,7 +51,8 @@ def convert(
     Args:
         model: float32, on the CPU, also when it is deployed on a GPU; taken as in eval mode.
         policy: Layer → choice; layers not named are dense.
-        example: (N, C, H, W) float32; its shape is planned for, batch sizes may differ later.
+        example: (N, C, H, W) float32; its shape is planned for, batch sizes may differ later. Several inputs: a tuple
+            of tensors, or a dict of them by name.
         table: Measured rows; a layer whose sparse kernel is not faster than its dense row then runs dense.
         threads: Threads of a CPU's kernels.
         device: ``cpu``, or ``cuda``: the fused network on the GPU, channels last, or PyTorch's with layers replaced.
@@ -60,10 +64,11 @@ def convert(
     """
     choices = dict(policy.choices) if isinstance(policy, Policy) else dict(policy)
     _check_model(model, example)
+    choices = _with_ties(model, choices)
     if device != "cpu":
         check_gpu(device)
-        return deploy_on(torch.device(device), model, choices, example, table, dtype)
-    plan = build_plan(model, example, choices, threads=threads)
+        return deploy_on(torch.device(device), model, choices, first_tensor(example), table, dtype)
+    plan = _plan(model, example, choices, threads)
     request = _Request(choices, table, threads)
     if isinstance(plan, PlanRefusal):
         return _nested(model, plan, request, example)
@@ -74,9 +79,26 @@ def convert(
         d.layer: (plan.kernels[d.layer][0] if d.kernel != "dense" else "dense", plan.kernels[d.layer][1])
         for d in decisions
     }
-    deployed = PlannedModel(replace(plan, kernels=kernels), decisions, example)
+    deployed = PlannedModel(replace(plan, kernels=kernels), decisions, first_tensor(example))
     refusal = disagreement(model, deployed, example)
     return deployed if refusal is None else _nested(model, refusal, request, example)
+
+
+def _plan(model: nn.Module, example: Example, choices: Mapping[str, Choice], threads: int) -> Plan | PlanRefusal:
+    if not isinstance(example, Tensor):
+        return PlanRefusal("forward", "it takes several inputs; a plan has one")
+    return build_plan(model, example, choices, threads=threads)
+
+
+def _with_ties(model: nn.Module, choices: Mapping[str, Choice]) -> dict[str, Choice]:
+    """Return the choices with those of layers that share another one's weight, which hold for them too."""
+    found = dict(choices)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    chosen = {id(layers[name].weight): choice for name, choice in choices.items() if name in layers}
+    for name, module in layers.items():
+        if id(module.weight) in chosen and "weight" in module._parameters:
+            found.setdefault(name, chosen[id(module.weight)])
+    return found
 
 
 def check_gpu(device: str) -> None:
@@ -152,8 +174,9 @@ class _Request:
     threads: int
 
 
-def _check_model(model: nn.Module, example: Tensor) -> None:
-    for name, tensor in [*model.named_parameters(), ("the example", example)]:
+def _check_model(model: nn.Module, example: Example) -> None:
+    inputs = [("the example", tensor) for tensor in tensors_in(example) if tensor.is_floating_point()]
+    for name, tensor in [*model.named_parameters(), *inputs]:
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise ModelError(
                 f"conversion takes a float32 model and example on the CPU, got {name} in {tensor.dtype} on "
@@ -162,9 +185,15 @@ def _check_model(model: nn.Module, example: Tensor) -> None:
 
 
 def _decide(
-    layers: Mapping[str, Layer], choices: Mapping[str, Choice], table: LatencyRows | None, place: Place
+    layers: Mapping[str, Layer],
+    choices: Mapping[str, Choice],
+    table: LatencyRows | None,
+    place: Place,
+    foreign: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Decision, ...]:
     for name, choice in choices.items():
+        if name in foreign:
+            raise PolicyError(f"the policy does not fit this model: layer '{name}' is {foreign[name]} and stays dense.")
         if name not in layers:
             raise PolicyError(f"the policy does not fit this model: {unknown_name('layer', name, layers)}")
         if not choice.fits(layers[name].spec):
@@ -178,6 +207,7 @@ def _decide(
         if choice.kernel not in ("dense", "channels"):
             _check_masked(name, layer, choice)
         decisions.append(decide(layer.spec, choice, place, lookup))
+    decisions += [Decision(name, Dense().text, "torch", f"left to torch: {what}") for name, what in foreign.items()]
     return tuple(decisions)
 
 
@@ -206,14 +236,17 @@ def _check_masked(name: str, layer: Layer, choice: Choice) -> None:
         )
 
 
-def _nested(model: nn.Module, refusal: PlanRefusal, request: _Request, example: Tensor) -> NestedModel:
+def _nested(model: nn.Module, refusal: PlanRefusal, request: _Request, example: Example) -> NestedModel:
     network = torch_form(model, example)
-    layers = layers_by_hooks(network, example)
-    decisions = _decide(layers, request.choices, request.table, CPU)
+    found = survey(network, example)
+    layers, called = found.layers, {*found.layers, *found.foreign}
+    # A choice for a layer that never runs changes nothing that could be deployed.
+    choices = {name: choice for name, choice in request.choices.items() if name in called or name not in found.uncalled}
+    decisions = _decide(layers, choices, request.table, CPU, found.foreign)
     for decision in decisions:
         # PyTorch's own dense kernels need no copy of the input; a program of one layer does.
         if decision.kernel in ("block", "csr"):
-            _, block = kernel_for(request.choices[decision.layer])
+            _, block = kernel_for(choices[decision.layer])
             how = LayerKernel("block" if decision.kernel == "block" else "csr", block, request.threads)
             source = network.get_submodule(decision.layer)
             assert isinstance(source, nn.Conv2d | nn.Linear)

@@ -6,14 +6,17 @@ Called like the model it came from, for inference only.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from autoprune.core.errors import ModelError
+from autoprune.kernels import opaque
 from autoprune.kernels.cpu.program import Program
 from autoprune.kernels.dispatch import Decision
+from autoprune.kernels.inputs import Example, call, copied, first_tensor, tensors_in
 from autoprune.kernels.modules import FrozenModule, check_input
 from autoprune.kernels.plan import Plan
 from autoprune.kernels.plan_ops import PlanRefusal, Value
@@ -41,13 +44,18 @@ class DeployedModel(FrozenModule):
 
     Args:
         decisions: One per convolution and linear layer.
-        example: (N, C, H, W) or (N, I) float32; kept for timing.
+        example: What the model takes, such as (N, C, H, W) float32; kept for timing.
+
+    Attributes:
+        inputs: The whole example.
+        example: Its first tensor.
     """
 
-    def __init__(self, decisions: tuple[Decision, ...], example: Tensor) -> None:
+    def __init__(self, decisions: tuple[Decision, ...], example: Example) -> None:
         super().__init__()
         self.decisions = decisions
-        self.example = example.detach().clone()
+        self.inputs = copied(example)
+        self.example = first_tensor(self.inputs)
 
     def explain(self) -> list[tuple[str, str, str, str]]:
         """Return (layer, choice, kernel, why) of every convolution and linear layer."""
@@ -55,11 +63,11 @@ class DeployedModel(FrozenModule):
 
     def time_us(self, repeats: int = 100) -> np.ndarray:
         """Return microseconds of ``repeats`` calls on the example, as a user calls it; shape (repeats,) float64."""
-        self(self.example)
+        call(self, self.inputs)
         samples = np.empty(repeats)
         for index in range(repeats):
             start = time.perf_counter_ns()
-            self(self.example)
+            call(self, self.inputs)
             samples[index] = (time.perf_counter_ns() - start) / 1e3
         return samples
 
@@ -94,6 +102,16 @@ class PlannedModel(DeployedModel):
         Raises:
             ModelError: Another shape, dtype or device.
         """
+        if torch.compiler.is_compiling():
+            return opaque.run(x, self._number)
+        return self.run_opaque(x)
+
+    def output_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        """Return the shape of the output for an input of ``shape``."""
+        return (int(shape[0]), *self.plan.output_shape)
+
+    def run_opaque(self, x: Tensor) -> Tensor:
+        """Return the network's output."""
         last = self.programs.last
         if last is not None and x.shape == last[0] and x.is_cpu:
             # The same shape as before, as in serving: straight to the program, which checks the dtype itself.
@@ -143,20 +161,19 @@ class NestedModel(DeployedModel):
     """
 
     def __init__(
-        self, network: nn.Module, refusal: PlanRefusal, decisions: tuple[Decision, ...], example: Tensor
+        self, network: nn.Module, refusal: PlanRefusal, decisions: tuple[Decision, ...], example: Example
     ) -> None:
         super().__init__(decisions, example)
         self.network = network
         self.refusal = refusal
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the network's output; whatever inputs the original model takes, in float32 on the CPU."""
-        check_input(x)
+    def forward(self, *inputs: object, **named: object) -> Any:
+        """Return what the original model returns; whatever inputs it takes, float ones in float32 on the CPU."""
+        for x in tensors_in((inputs, named)):
+            if x.is_floating_point():
+                check_input(x)
         with torch.no_grad():
-            result = self.network(x)
-        if not isinstance(result, Tensor):
-            raise ModelError(f"the model returns a {type(result).__name__}; a deployed model returns one tensor.")
-        return result
+            return self.network(*inputs, **named)
 
 
 def _shape(value: Value) -> tuple[int, int, int]:

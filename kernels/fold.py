@@ -6,9 +6,12 @@ import copy
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.core.errors import ModelError
+from autoprune.kernels.inputs import Example, call
 from autoprune.kernels.plan_ops import norm_terms
+from autoprune.kernels.plan_record import LayerTracer
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
@@ -18,7 +21,8 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         ModelError: The model cannot be traced symbolically.
     """
     try:
-        graph = fx.symbolic_trace(copy.deepcopy(model).eval())
+        own = copy.deepcopy(model).eval()
+        graph = fx.GraphModule(own, LayerTracer().trace(own))
     except Exception as error:  # the user's forward: anything can come out of it
         first_line = (str(error).splitlines() or [""])[0]
         raise ModelError(f"the model cannot be traced to fold its BatchNorms: {first_line[:120]}") from None
@@ -27,18 +31,88 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         norm = modules.get(str(node.target)) if node.op == "call_module" else None
         if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or not isinstance(node.args[0], fx.Node):
             continue
-        if norm.running_mean is None:  # it normalises by the batch, in eval mode too
+        if not is_plain_norm(norm):
             continue
         source = node.args[0]
         layer = modules.get(str(source.target)) if source.op == "call_module" else None
         callers = sum(str(other.target) == str(source.target) for other in graph.graph.nodes)
-        if isinstance(layer, nn.Conv2d | nn.Linear) and len(source.users) == 1 and callers == 1:
+        if isinstance(layer, nn.Conv2d | nn.Linear) and _is_plain(layer) and len(source.users) == 1 and callers == 1:
             _fold_into(layer, norm)
             node.replace_all_uses_with(source)
             graph.graph.erase_node(node)
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
+
+
+def split_norms(model: nn.Module) -> nn.Module:
+    """Replace each BatchNorm that carries an activation (timm's ``BatchNormAct2d``) by a plain one and what follows it.
+
+    Args:
+        model: Changed in place, and returned.
+    """
+    for name, module in list(model.named_modules()):
+        after = [part for key in ("drop", "act") if isinstance(part := getattr(module, key, None), nn.Module)]
+        if not isinstance(module, nn.BatchNorm2d) or is_plain_norm(module) or module.running_mean is None:
+            continue
+        if name and len(after) == 2:
+            norm = nn.BatchNorm2d(module.num_features, module.eps, affine=module.affine)
+            norm.load_state_dict({key: value for key, value in module.state_dict().items() if "." not in key})
+            model.set_submodule(name, nn.Sequential(norm, *after).train(module.training))
+    return model
+
+
+def fold_by_hooks(model: nn.Module, example: Example) -> nn.Module:
+    """Fold each BatchNorm into the layer whose output it was handed in one pass, both called once.
+
+    Another reader of that output would show only in the results: compare them with the model's before use.
+
+    Args:
+        model: In eval mode; changed in place, and returned.
+        example: What it takes.
+    """
+    writers: dict[int, nn.Module] = {}
+    pairs: dict[str, nn.Module] = {}
+    calls: dict[int, int] = {}
+    alive: list[object] = []  # an id is only unique while its tensor lives
+
+    def after(name: str, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        calls[id(module)] = calls.get(id(module), 0) + 1
+        alive.append(output)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            writers[id(output)] = module
+        elif inputs and id(inputs[0]) in writers:
+            pairs[name] = writers[id(inputs[0])]
+
+    handles = [
+        module.register_forward_hook(lambda m, i, o, n=name: after(n, m, i, o))
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Conv2d | nn.Linear) and _is_plain(module)) or is_plain_norm(module)
+    ]
+    try:
+        with torch.no_grad():
+            call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, layer in pairs.items():
+        norm = model.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+        if calls[id(layer)] == calls[id(norm)] == 1:
+            _fold_into(layer, norm)
+            model.set_submodule(name, nn.Identity())
+    return model
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Return whether a module is a BatchNorm that does what its class is known for, by statistics of its own."""
+    known = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None
+    return known and type(module).forward is _BatchNorm.forward
+
+
+def _is_plain(layer: nn.Conv2d | nn.Linear) -> bool:
+    return type(layer).forward in (nn.Conv2d.forward, nn.Linear.forward)
 
 
 def fold_norm(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

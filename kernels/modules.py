@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoprune.core.errors import ModelError
 from autoprune.core.layers import LayerSpec
+from autoprune.kernels import opaque
 from autoprune.kernels.cpu.program import Epilogue, Program
 from autoprune.kernels.plan import KernelName
+from autoprune.kernels.plan_ops import padding_of
 
 _KEPT_PROGRAMS = 4
 
@@ -61,7 +64,20 @@ class FrozenModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.programs = ProgramCache()
+        self._number = opaque.enlist(self)
         super().train(False)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = opaque.enlist(self)  # a copy is another module, with weights of its own
+
+    def run_opaque(self, x: Tensor) -> Tensor:
+        """Return the output; what ``torch.compile`` calls without looking inside."""
+        raise ModelError(f"{type(self).__name__} cannot be compiled as one operation.")
+
+    def output_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        """Return the shape of the output for an input of ``shape``."""
+        raise ModelError(f"{type(self).__name__} cannot be compiled as one operation.")
 
     def train(self, mode: bool = True) -> FrozenModule:
         """Refuse training mode.
@@ -115,6 +131,20 @@ class LayerKernel:
     threads: int = 1
 
 
+def border_of(source: nn.Conv2d | nn.Linear) -> tuple[tuple[int, int, int, int], str] | None:
+    """Return the border that is put around a convolution's input before its kernel runs, and what fills it.
+
+    Kernels have zeros on all sides alike; unequal sides of padding 'same' and other modes are made beforehand.
+
+    Returns:
+        (left, right, top, bottom) and the mode of ``F.pad``; None where the kernel pads itself.
+    """
+    if not isinstance(source, nn.Conv2d) or (source.padding_mode == "zeros" and padding_of(source) is not None):
+        return None
+    left, right, top, bottom = (int(side) for side in source._reversed_padding_repeated_twice)
+    return (left, right, top, bottom), "constant" if source.padding_mode == "zeros" else source.padding_mode
+
+
 class ProgramLayer(FrozenModule):
     """One ``Conv2d`` or ``Linear`` on a sparse kernel; any batch and input size.
 
@@ -128,17 +158,40 @@ class ProgramLayer(FrozenModule):
     def __init__(self, name: str, source: nn.Conv2d | nn.Linear, layer: LayerSpec, how: LayerKernel) -> None:
         super().__init__()
         self.name, self.layer, self.how = name, layer, how
+        self._border = border_of(source)
+        if self._border is not None:
+            self.layer = replace(layer, padding=(0, 0))
         self.register_buffer("weight", source.weight.detach().clone())
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, in the shape PyTorch's own layer gives."""
+        if torch.compiler.is_compiling():
+            return opaque.run(x, self._number)
+        return self.run_opaque(x)
+
+    def output_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        """Return the shape of the output for an input of ``shape``."""
+        if self.layer.op == "linear":
+            return (*shape[:-1], self.layer.filters)
+        rows, columns = (int(size) for size in shape[-2:])
+        if self._border is not None:
+            left, right, top, bottom = self._border[0]
+            rows, columns = rows + top + bottom, columns + left + right
+        spec = self._spec(rows, columns)
+        return (*shape[:-3], spec.filters, *spec.output_hw)
+
+    def run_opaque(self, x: Tensor) -> Tensor:
+        """Return the layer's output."""
         check_input(x)
         if self.layer.op == "linear":
             if x.shape[-1] != self.layer.channels:
                 raise self._misfit(x)
             rows = x.reshape(-1, self.layer.channels, 1, 1)
             return self._run(rows).reshape(*x.shape[:-1], self.layer.filters)
+        if self._border is not None:
+            sides, mode = self._border
+            x = F.pad(x, sides, mode)
         return self._run(x[None])[0] if x.dim() == 3 else self._run(x)
 
     def _misfit(self, x: Tensor) -> ModelError:

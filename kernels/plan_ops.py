@@ -139,6 +139,12 @@ def padding_of(module: nn.Conv2d) -> tuple[int, int] | None:
     return (int(module.padding[0]), int(module.padding[1]))
 
 
+def _smaller_sides(module: nn.Conv2d) -> tuple[int, int]:
+    """Return (rows, columns) of the smaller of two unequal sides of padding 'same'; PyTorch puts it before the map."""
+    rows, columns = (d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    return rows, columns
+
+
 def layer_spec(name: str, module: nn.Module, input_shape: Sequence[int], output_shape: Sequence[int]) -> LayerSpec:
     """Return the shape facts of a ``Conv2d`` or ``Linear``, given the shapes (N, …) it read and wrote."""
     shape = tuple(int(size) for size in module.weight.shape)  # type: ignore[union-attr]
@@ -155,7 +161,7 @@ def layer_spec(name: str, module: nn.Module, input_shape: Sequence[int], output_
         op="conv",
         weight_shape=shape,
         stride=(module.stride[0], module.stride[1]),
-        padding=padding_of(module) or (0, 0),
+        padding=padding_of(module) or _smaller_sides(module),
         dilation=(module.dilation[0], module.dilation[1]),
         groups=module.groups,
         input_hw=(int(input_shape[-2]), int(input_shape[-1])),

@@ -28,7 +28,7 @@ _LEAVES = (
 Results = dict[fx.Node, object]
 
 
-class _Tracer(fx.Tracer):
+class LayerTracer(fx.Tracer):
     """Keeps every layer with a rule as one node, whatever class derives from it."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -62,7 +62,7 @@ def record(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Results]:
         Refused: The model cannot be traced: its code depends on values, or it fails on the example.
     """
     try:
-        module = fx.GraphModule(model, _Tracer().trace(model))
+        module = fx.GraphModule(model, LayerTracer().trace(model))
         recorder = _Recorder(module)
         with torch.no_grad():
             recorder.run(example.clone())

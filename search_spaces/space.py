@@ -226,7 +226,7 @@ def fingerprint(layers: Iterable[LayerSpec], choices: Mapping[str, Sequence[Choi
 
 def ordered(layer: LayerSpec, choices: Iterable[Choice]) -> list[Choice]:
     """Return the choices that the layer can take, each once: dense (always), then by falling density, then by text."""
-    sparse = {choice for choice in choices if choice.fits(layer) and choice != Dense()}
+    sparse = {choice for choice in choices if choice.fits(layer) and choice != Dense() and not layer.fixed}
     return [Dense(), *sorted(sparse, key=lambda choice: (-choice.density(layer), choice.text))]
 
 

@@ -30,7 +30,7 @@ def uniform_policy(layers: Sequence[LayerSpec], texts: Sequence[str], *, model: 
     choices: dict[str, Choice] = {}
     for layer in layers:
         fitting = (choice for choice in wanted if choice.fits(layer))
-        kept_dense = layer.name in (first, last)
+        kept_dense = layer.name in (first, last) or bool(layer.fixed)
         choices[layer.name] = Dense() if kept_dense else next(fitting, Dense())
     if all(choice == Dense() for choice in choices.values()):
         raise PolicyError(

@@ -123,7 +123,7 @@ def test_nested_conversion_folds_the_norms_that_can_be_folded(tracked: bool) -> 
     _assert_same(deployed, masked, _inputs(4, (3, 11, 7)))
 
 
-def test_model_of_several_outputs_is_refused_when_called() -> None:
+def test_model_of_several_outputs_returns_them_all() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -132,8 +132,12 @@ def test_model_of_several_outputs_is_refused_when_called() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return self.conv(x), x
 
-    with pytest.raises(ModelError, match="returns a tuple"):
-        convert(Pair().eval(), {}, _inputs(1, (3, 4, 4)))(_inputs(1, (3, 4, 4)))
+    x = _inputs(1, (3, 4, 4))
+    model = Pair().eval()
+    model.conv.weight.data[:, 1:] = 0.0
+    maps, same = convert(model, {"conv": Fine(keep=0.4)}, x)(x)
+    torch.testing.assert_close(maps, model(x)[0], rtol=0, atol=1e-5)
+    assert torch.equal(same, x)
 
 
 def test_nested_layers_take_other_sizes_and_say_no_to_other_channels() -> None:

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from autoprune.core.errors import ModelError, UnknownName
 from autoprune.tasks.metrics import accuracy
-from autoprune.tasks.models import MODELS, build_model, load_weights
+from autoprune.tasks.models import MODELS, build_model
 from autoprune.tasks.task import load_task
+from autoprune.tasks.weights import load_weights
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -115,7 +115,7 @@ def test_a_model_without_layers_is_refused() -> None:
         trace(nn.Sequential(nn.ReLU(), nn.Flatten()), torch.zeros(1, 3, 4, 4))
 
 
-def test_a_layer_called_by_keyword_is_refused_by_name() -> None:
+def test_a_layer_called_by_keyword_is_traced() -> None:
     class Keyword(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -124,5 +124,4 @@ def test_a_layer_called_by_keyword_is_refused_by_name() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(input=x)
 
-    with pytest.raises(ModelError, match="layer 'conv' is called without a positional tensor"):
-        trace(Keyword(), torch.zeros(1, 1, 4, 4))
+    assert [layer.output_hw for layer in trace(Keyword(), torch.zeros(1, 1, 4, 4))] == [(4, 4)]

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """What is timed: a policy's file, the weights (None: the package's), and the settings it was made with; where."""
+    """What is timed: a policy's file (None: ``--uniform``), weights (None: the model's own), the settings, and where."""
 
-    policy: Path
+    policy: Path | None
     weights: Path | None
     data: str
     batch: int
@@ -37,10 +37,24 @@ class _Subject:
 
 
 def bench(
-    policy: Annotated[Path | None, typer.Option(help="Policy file; this or --run.", show_default=False)] = None,
-    run: Annotated[
-        str | None, typer.Option(help="Take policy and weights of this run; this or --policy.", show_default=False)
+    policy: Annotated[
+        Path | None, typer.Option(help="Policy file; this, --run or --uniform.", show_default=False)
     ] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Take policy and weights of this run.", show_default=False)
+    ] = None,
+    uniform: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CHOICE",
+            help="Instead of a policy: one choice for every layer of --model that can take it, first convolution and "
+            "classifier dense; random weights. Repeatable: each layer takes the first that fits.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"With --uniform, the network: {options.MODEL_HELP}, @CxHxW behind it.")
+    ] = None,
+    model_args: options.ModelArgs = None,
     weights: Annotated[
         Path | None,
         typer.Option(help="Weights trained under the policy.", show_default="the run's, or dense masked by magnitude"),
@@ -72,16 +86,17 @@ def bench(
     """Time a policy's deployed network against every dense execution, interleaved in one process."""
     from autoprune.cli.progress import working
     from autoprune.core.errors import DeviceError
-    from autoprune.core.policy import Policy
     from autoprune.lut.bench import append_rows
     from autoprune.lut.device import check_device
-    from autoprune.search_spaces.trace import trace
-    from autoprune.tasks.task import load_task
 
     check_device(device)
     if table is not None and device == "cpu":
         raise DeviceError("--table: on a CPU the kernel of each choice is fixed; give it with --device cuda.")
-    options.one_of("--policy", policy, "--run", run)
+    model = options.named(model, model_args)
+    if uniform:
+        _check_uniform(policy, run, weights, model)
+    else:
+        options.one_of("--policy", policy, "--run", run)
     subject = _subject(policy, run, runs_dir)
     subject = _Subject(
         subject.policy,
@@ -92,17 +107,18 @@ def bench(
         device,
         table,
     )
-    record = Policy.load(subject.policy)
-    task = load_task(record.file.model, subject.data, data_dir=data_dir, weights=subject.weights)
-    record.check_model(trace(task.model, task.example))
+    if uniform:
+        assert model is not None
+        network, images, record = _untrained(model, uniform, subject, data_dir, seed)
+    else:
+        network, images, record = _trained(subject, data_dir, seed)
     if csv is not None:
         append_rows(csv, [])  # a file that cannot take the figures is told of before they are measured
     with working() as progress:
         progress.stage("measure")
-        images = _images(task, subject.batch, seed)
-        result = _measure(subject, task.model, record, images, seconds)
+        result = _measure(subject, network, record, images, seconds)
     if csv is not None:
-        _append(csv, result, record, task.name)
+        _append(csv, result, record, "random" if uniform else subject.data)
     if as_json:
         _print_record(subject, record, result, seed)
         return
@@ -127,7 +143,6 @@ def _subject(policy: Path | None, run: str | None, runs_dir: Path) -> _Subject:
     from autoprune.core.rundir import RunDir
 
     if run is None:
-        assert policy is not None
         return _Subject(policy, None, "fashion-mnist", 1, 1)
     folder = RunDir.existing(runs_dir, run)
     for path in (folder.policy, folder.weights):
@@ -140,6 +155,46 @@ def _subject(policy: Path | None, run: str | None, runs_dir: Path) -> _Subject:
     # A training's configuration leaves batch and threads out: they do not change what is trained.
     batch, threads = (value if isinstance(value := made.get(key), int) else 1 for key in ("batch", "threads"))
     return _Subject(folder.policy, folder.weights, str(made.get("data", "fashion-mnist")), batch, threads)
+
+
+def _check_uniform(policy: Path | None, run: str | None, weights: Path | None, model: str | None) -> None:
+    from autoprune.core.errors import RunError
+
+    others = {"--policy": policy, "--run": run, "--weights": weights}
+    given = [flag for flag, value in others.items() if value is not None]
+    if given:
+        raise RunError(f"--uniform and {given[0]}: got both; the network of --uniform has random weights.")
+    if model is None:
+        raise RunError("--uniform: of no network; give --model too.")
+
+
+def _untrained(
+    model: str, uniform: list[str], subject: _Subject, data_dir: Path | None, seed: int
+) -> tuple[nn.Module, Tensor, Policy]:
+    """Return a network with random weights, random images for it, and its uniform policy."""
+    import torch
+
+    from autoprune.search_spaces.trace import trace
+    from autoprune.search_spaces.uniform import uniform_policy
+    from autoprune.tasks.networks import untrained
+
+    network, example = untrained(model, subject.data, seed, data_dir)
+    record = uniform_policy(trace(network, example), uniform, model=model)
+    generator = torch.Generator().manual_seed(seed)
+    return network, torch.randn(subject.batch, *example.shape[1:], generator=generator), record
+
+
+def _trained(subject: _Subject, data_dir: Path | None, seed: int) -> tuple[nn.Module, Tensor, Policy]:
+    """Return a policy, the network that it is for, and images of its data."""
+    from autoprune.core.policy import Policy
+    from autoprune.search_spaces.trace import trace
+    from autoprune.tasks.task import load_task
+
+    assert subject.policy is not None
+    record = Policy.load(subject.policy)
+    task = load_task(record.file.model, subject.data, data_dir=data_dir, weights=subject.weights)
+    record.check_model(trace(task.model, task.example))
+    return task.model, _images(task, subject.batch, seed), record
 
 
 def _images(task: Task, batch: int, seed: int) -> Tensor:

@@ -26,6 +26,8 @@ def compare(
         bool, typer.Option("--fine-tune/--no-fine-tune", help="Fine-tune the best three policies of every search.")
     ] = True,
     model: options.Model = "resnet20",
+    model_args: options.ModelArgs = None,
+    weights: options.Weights = None,
     data: options.Data = "fashion-mnist",
     data_dir: options.DataDir = None,
     space: options.Space = "cpu-default",
@@ -47,6 +49,7 @@ def compare(
     from autoprune.core.undo import undone_when_refused
     from autoprune.report.compare import write_comparison_report
     from autoprune.search.compare import CompareConfig, run_comparison
+    from autoprune.tasks.names import with_args
 
     config = CompareConfig(
         budgets=tuple(part.replace("+", ",") for part in _parts(budgets)),
@@ -54,7 +57,8 @@ def compare(
         seeds=seeds,
         evaluations=evaluations,
         finetune=fine_tune,
-        model=model,
+        model=with_args(model, model_args),
+        weights=weights,
         data=data,
         data_dir=data_dir,
         space=space,

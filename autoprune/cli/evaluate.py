@@ -21,10 +21,13 @@ def evaluate(
     run: Annotated[
         str | None, typer.Option("--run", help="Run whose weights are judged.", show_default="the dense checkpoint")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weights to judge instead (safetensors).")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Network, by name.", show_default="the run's, or resnet20")
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights to judge instead: safetensors, or a state dict of torch.save.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"Network: {options.MODEL_HELP}.", show_default="the run's, or resnet20")
+    ] = None,
+    model_args: options.ModelArgs = None,
     data: Annotated[
         str | None, typer.Option(help="Data set, by name.", show_default="the run's, or fashion-mnist")
     ] = None,
@@ -44,7 +47,7 @@ def evaluate(
 ) -> None:
     """Judge a run's weights, or the dense checkpoint, on clean and on attacked images."""
     strengths = _strengths(attack, epsilon)
-    network, data_set, names = _subject(run, weights, model, data, data_dir, runs_dir)
+    network, data_set, names = _subject(run, weights, options.named(model, model_args), data, data_dir, runs_dir)
     from autoprune.tasks.attack import attacked_accuracy
 
     part = _split(data_set, split)

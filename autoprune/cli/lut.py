@@ -24,6 +24,7 @@ def _root() -> None:
 @app.command()
 def build(
     model: options.Model = "resnet20",
+    model_args: options.ModelArgs = None,
     models: Annotated[
         str | None,
         typer.Option(
@@ -70,11 +71,15 @@ def build(
     from autoprune.core.errors import RunError
     from autoprune.lut.device import check_device
     from autoprune.search.tables import Request, build_tables, plan_jobs
+    from autoprune.tasks.names import with_args
 
     check_device(device)
+    if models is not None and model_args is not None:
+        raise RunError("--model-args belong to --model; in --models write them behind a name, such as NAME{\"k\":2}.")
     if run is not None and (models is not None or batches is not None):
         raise RunError("--run takes one table, --models and --batches make several; leave out one of them.")
-    names = _listed("--models", models) if models is not None else [model]
+    model = with_args(model, model_args)
+    names = [with_args(name, None) for name in _names(models)] if models is not None else [model]
     sizes = [_size(text) for text in _listed("--batches", batches)] if batches is not None else [batch]
     request = Request(
         data=data,
@@ -102,6 +107,16 @@ def build(
             _show(table, job.path, as_json)
             if not as_json:
                 print(job.path)
+
+
+def _names(text: str) -> list[str]:
+    from autoprune.core.errors import RunError
+    from autoprune.tasks.names import split_names
+
+    names = split_names(text)
+    if not names:
+        raise RunError(f"--models {text!r}: empty; write names separated by commas.")
+    return names
 
 
 def _listed(flag: str, text: str) -> list[str]:

@@ -15,7 +15,19 @@ T = TypeVar("T")
 _MOST_THREADS = 62
 _MOST_SEED = 2**32 - 1
 
-Model = Annotated[str, typer.Option(help="Network to prune, by name.")]
+MODEL_HELP = "a built-in name, torchvision:NAME, timm:NAME, or package.module:factory"
+Model = Annotated[str, typer.Option(help=f"Network to prune: {MODEL_HELP}.")]
+ModelArgs = Annotated[
+    str | None,
+    typer.Option(help="Arguments of what builds the network: name=value,… or JSON.", show_default="none"),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="Its trained weights: safetensors, or a state dict of torch.save.",
+        show_default="those of the package, or what a factory brings",
+    ),
+]
 Data = Annotated[str, typer.Option(help="Data set, by name.")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the full data set.")]
 _SPACE_HELP = f"Search space: a YAML file or a preset: {', '.join(presets())}."
@@ -46,6 +58,22 @@ ThreadsRead = Annotated[
 SeedRead = Annotated[
     int | None, typer.Option("--seed", min=0, help="Refuse what was made with another seed.", show_default="any")
 ]
+
+
+def named(model: str | None, args: str | None) -> str | None:
+    """Return a network's text with the arguments of ``--model-args``; None where no network is named.
+
+    Raises:
+        ModelError: Either cannot be read, or there are arguments and no network.
+    """
+    from autoprune.core.errors import ModelError
+    from autoprune.tasks.names import with_args
+
+    if model is None:
+        if args is not None:
+            raise ModelError(f"--model-args {args!r}: of no network; give --model too.")
+        return None
+    return with_args(model, args)
 
 
 def one_of(first: str, a: T | None, second: str, b: T | None) -> T:

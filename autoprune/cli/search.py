@@ -33,6 +33,8 @@ def search(
         ),
     ] = None,
     model: options.Model = "resnet20",
+    model_args: options.ModelArgs = None,
+    weights: options.Weights = None,
     data: options.Data = "fashion-mnist",
     data_dir: options.DataDir = None,
     agent: Annotated[
@@ -80,6 +82,7 @@ def search(
     from autoprune.search.config import DEFAULT_AGENT, DEFAULT_FRONT_AGENT, SearchConfig
     from autoprune.search.elsewhere import default_space
     from autoprune.search.pipeline import run_search
+    from autoprune.tasks.names import with_args
 
     # What is wrong is refused before anything heavy starts; an empty budget is not the same as none.
     if budget is not None:
@@ -88,7 +91,8 @@ def search(
     agent = agent or (DEFAULT_FRONT_AGENT if objective else DEFAULT_AGENT)
     config = SearchConfig(
         budget=budget or "",
-        model=model,
+        model=with_args(model, model_args),
+        weights=weights,
         data=data,
         data_dir=data_dir,
         agent=agent,

@@ -57,11 +57,17 @@ def train(
         typer.Option(min=0.0, help="Mix pairs of images by Beta(a, a); 0 for none.", show_default="the recipe's"),
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(help="Weights to start from (safetensors).", show_default="random ones")
+        Path | None,
+        typer.Option(
+            "--init", "--weights", help="Weights to start from: safetensors, or a state dict of torch.save.",
+            show_default="random ones",
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Network to train, by name.", show_default="the policy's, or resnet20")
+        str | None,
+        typer.Option(help=f"Network to train: {options.MODEL_HELP}.", show_default="the policy's, or resnet20"),
     ] = None,
+    model_args: options.ModelArgs = None,
     data: options.Data = "fashion-mnist",
     data_dir: options.DataDir = None,
     embedded: Annotated[
@@ -98,6 +104,7 @@ def train(
     from autoprune.trainers.team import joined
 
     preset = PRESETS.get(recipe)
+    model = options.named(model, model_args)
     method = trainer or preset.trainer or "clicktrain"
     length = epochs or preset.recipe.epochs
     chosen = {**preset.settings_for(method, length), **_settings(method, settings or [], bool(policy or uniform))}

@@ -25,6 +25,7 @@ class LayerSpec:
         input_hw, output_hw: Feature-map size; ``(1, 1)`` for a linear on vectors.
         bias: Whether the module carries a bias of its own.
         calls: How often one forward pass runs the layer.
+        fixed: Why the layer must stay dense, in words; empty where it need not.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LayerSpec:
     output_hw: tuple[int, int] = (1, 1)
     bias: bool = False
     calls: int = 1
+    fixed: str = ""
 
     @property
     def filters(self) -> int:

@@ -10,12 +10,18 @@ from autoprune.core.errors import UnknownName
 
 T = TypeVar("T")
 
+_MOST_LISTED = 40  # names that still fit into a message
+_NEAREST = 5
+
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownName:
     """Return the error for a name that is not among ``known``, with the nearest one proposed."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=_NEAREST, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ""
+    if len(names) > _MOST_LISTED:
+        others = f" Near it: {', '.join(near[1:])}." if near[1:] else ""
+        return UnknownName(f"no {kind} '{name}'.{hint}{others} {len(names)} are known.")
     return UnknownName(f"no {kind} '{name}'.{hint} Known: {', '.join(names)}.")
 
 

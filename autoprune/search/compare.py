@@ -50,7 +50,7 @@ class CompareConfig:
         seeds: Seeds 0, 1, … of every agent.
         evaluations: Distinct policies granted to every agent.
         finetune: Fine-tune the best three policies of every cell.
-        model, data, data_dir, space, table, batch, threads, device, runs_dir: As of a search.
+        model, weights, data, data_dir, space, table, batch, threads, device, runs_dir: As of a search.
         run: Name of the run's folder; None derives it.
         fresh: Set an existing run aside.
     """
@@ -71,6 +71,7 @@ class CompareConfig:
     run: str | None = None
     runs_dir: Path = Path("runs")
     fresh: bool = False
+    weights: Path | None = None
 
     @property
     def name(self) -> str:
@@ -90,6 +91,7 @@ class CompareConfig:
             "threads": self.threads,
             "evaluations": self.evaluations,
             "finetune": self.finetune,
+            **({} if self.weights is None else {"weights": str(self.weights)}),
         }
 
 
@@ -113,7 +115,7 @@ def run_comparison(config: CompareConfig, progress: Progress, task: Task | None 
             "least 1 of each."
         )
     check_device(config.device)
-    task = task or load_task(config.model, config.data, data_dir=config.data_dir)
+    task = task or load_task(config.model, config.data, data_dir=config.data_dir, weights=config.weights)
     arena = _Arena(config, task, progress)
     problems = {text: arena.problem(text) for text in budgets}  # an infeasible one is refused before the work begins
     cells = []

@@ -38,6 +38,7 @@ class SearchConfig:
         constraint: As in ``--constraint``: the accuracy to keep at the least latency.
         objective: As in ``--objective``: accuracy and the costs to trade it against.
         settings: Of the agent, by name.
+        weights: The model's file; None for those it comes with.
     """
 
     budget: str = ""
@@ -58,6 +59,7 @@ class SearchConfig:
     constraint: str | None = None
     objective: str | None = None
     settings: Mapping[str, object] | None = None
+    weights: Path | None = None
 
     @property
     def goal(self) -> Goal:

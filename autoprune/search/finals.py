@@ -28,8 +28,8 @@ from autoprune.search.deploy import Deployer
 from autoprune.search.setup import pruned_model
 from autoprune.tasks.data import Split
 from autoprune.tasks.metrics import accuracy
-from autoprune.tasks.models import load_weights
 from autoprune.tasks.task import Task
+from autoprune.tasks.weights import load_weights
 from autoprune.trainers.finetune import FinetuneRecipe, Teacher, finetune, finetune_steps
 
 EVALUATION_BATCH = 50

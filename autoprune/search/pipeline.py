@@ -51,7 +51,7 @@ def run_search(config: SearchConfig, progress: Progress) -> Result:
         AutopruneError: Anything a user can mend; see the subclasses.
     """
     _check(config)
-    task = load_task(config.model, config.data, data_dir=config.data_dir)
+    task = load_task(config.model, config.data, data_dir=config.data_dir, weights=config.weights)
     return _search(config, task, progress)
 
 
@@ -76,7 +76,7 @@ def search(
         settings.setdefault("agent", DEFAULT_FRONT_AGENT)
     config = replace(SearchConfig(budget=budget), **settings)  # type: ignore[arg-type]
     _check(config)
-    base = task or load_task(config.model, config.data, data_dir=config.data_dir)
+    base = task or load_task(config.model, config.data, data_dir=config.data_dir, weights=config.weights)
     model_name = config.model if task is None else task.model_name
     own = replace(base, model=model.eval(), model_name=model_name)
     return _search(replace(config, model=model_name), own, progress or Silent())

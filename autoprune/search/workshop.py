@@ -23,8 +23,8 @@ from autoprune.search.netadapt import Member
 from autoprune.search.setup import CALIBRATION_IMAGES, EVALUATION_IMAGES
 from autoprune.tasks.data import DataSet, Split
 from autoprune.tasks.metrics import accuracy
-from autoprune.tasks.models import load_weights
 from autoprune.tasks.task import Task
+from autoprune.tasks.weights import load_weights
 from autoprune.trainers.finetune import FinetuneRecipe, Teacher, finetune
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from autoprune.tasks.outputs import main_output
+
 
 def evaluate_logits(model: nn.Module, images: Tensor, batch: int = 250) -> Tensor:
     """Return the logits ``(N, classes)`` float32 of normalised images, in eval mode without gradients."""
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        logits = torch.cat([model(images[start : start + batch]).float() for start in range(0, len(images), batch)])
+        logits = torch.cat(
+            [main_output(model(images[start : start + batch])).float() for start in range(0, len(images), batch)]
+        )
     model.train(was_training)
     return logits
 

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from autoprune.core.errors import ModelError
 from autoprune.tasks.data import DataSet, load_data
-from autoprune.tasks.models import build_model, load_weights
+from autoprune.tasks.names import parse_model
+from autoprune.tasks.networks import network_for
+from autoprune.tasks.outputs import check_logits
+from autoprune.tasks.weights import load_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +36,31 @@ class Task:
 
 
 def load_task(model: str, data: str, *, data_dir: Path | None = None, weights: Path | None = None) -> Task:
-    """Return a task of a built-in model with trained weights.
+    """Return a task of a model with trained weights.
 
     Args:
         model, data: Names as on the command line.
         data_dir: Folder of the full data set; None uses the data inside the package.
-        weights: Safetensors file; None takes the checkpoint inside the package.
+        weights: File of a state dict; None takes what a factory or a pretrained model brings, else the checkpoint
+            inside the package.
     Raises:
+        UnknownName: No such model or data set.
         ModelError: There is no checkpoint for this model inside the package and none was given.
     """
     data_set = load_data(data, data_dir)
-    channels = data_set.train.images.shape[1]
-    network = build_model(model, channels, data_set.classes)
-    if weights is None:
-        resource = importlib.resources.files("autoprune.assets") / f"{model}-{data}.safetensors"
+    example = data_set.normalize(data_set.validation.images[:1])
+    network = network_for(model, example, data_set.classes)
+    name = parse_model(model)
+    if weights is not None:
+        load_weights(network, weights)
+        check_logits(network, example, data_set.classes, name.text)
+    elif not name.brings_weights:
+        resource = importlib.resources.files("autoprune.assets") / f"{name.base}-{data}.safetensors"
         with importlib.resources.as_file(resource) as path:
             if not path.exists():
                 raise ModelError(
-                    f"no trained weights of '{model}' on '{data}' in the package; train them with "
-                    f"`autoprune train --model {model}` and give the file by --weights."
+                    f"no trained weights of '{name.text}' on '{data}' in the package; train them with "
+                    f"`autoprune train --model '{name.text}'` and give the file by --weights."
                 )
             load_weights(network, path)
-    else:
-        load_weights(network, weights)
-    example = data_set.normalize(data_set.validation.images[:1])
-    return Task(data, model, network.eval(), example, data_set)
+    return Task(data, name.text, network.eval(), example, data_set)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.tasks.data import DataSet
+from autoprune.tasks.outputs import main_output
 from autoprune.trainers.recipe import Precision, Recipe, augment, make_optimizer, native_precision
 
 
@@ -59,7 +60,7 @@ class Teacher:
         with self._making:
             if step not in self._known:
                 with torch.no_grad():
-                    self._known[step] = self._model(images).float()
+                    self._known[step] = main_output(self._model(images)).float()
             return self._known[step]
 
 
@@ -101,7 +102,7 @@ def finetune(
         start += recipe.batch_size
         images = data.normalize(augment(data.train.images[index], base, generator))
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-            logits, target = model(images).float(), teacher.logits(step, images)
+            logits, target = main_output(model(images)).float(), teacher.logits(step, images)
         loss = _loss(logits, target, data.train.labels[index], recipe)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)

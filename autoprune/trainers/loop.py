@@ -23,6 +23,7 @@ from autoprune.core.policy import Policy
 from autoprune.core.rundir import atomic_path, write_text
 from autoprune.tasks.data import DataSet
 from autoprune.tasks.metrics import accuracy
+from autoprune.tasks.outputs import main_output
 from autoprune.trainers.layers import choices_of
 from autoprune.trainers.recipe import Recipe, augment, make_optimizer, mix, segment_factor
 from autoprune.trainers.schedule import TrainerError
@@ -264,7 +265,7 @@ def _train_epoch(state: TrainState, data: DataSet, identity: _Identity, epoch: i
 
 def _train_step(state: TrainState, images: Tensor, target: Mixed, recipe: Recipe) -> Tensor:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        loss = target.loss(state.runner(images).float())
+        loss = target.loss(main_output(state.runner(images)).float())
     state.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
     state.optimizer.step()

@@ -31,7 +31,8 @@ from autoprune.search_spaces.trace import trace
 from autoprune.search_spaces.uniform import uniform_policy
 from autoprune.tasks.data import DataSet, load_data
 from autoprune.tasks.metrics import accuracy
-from autoprune.tasks.models import build_model, load_weights
+from autoprune.tasks.networks import network_for
+from autoprune.tasks.weights import load_weights
 from autoprune.trainers.dead_channels import eliminate_dead_channels
 from autoprune.trainers.loop import Epoch, Pruning, Trained, train, write_metrics
 from autoprune.trainers.recipe import Recipe
@@ -55,7 +56,7 @@ class TrainRequest:
         settings: Of the trainer, by field name.
         recipe: Epochs included.
         seed: Of the first weights, of order and augmentation.
-        init: Safetensors weights to start from; None starts from random ones.
+        init: File of weights to start from; None starts from those the model is built with.
         data_dir: Folder of the full data set; None looks in the system's dataset folder, then downloads it.
         embedded: Train on the part of the data inside the package instead.
         control: Whether the dense control is trained.
@@ -177,7 +178,7 @@ def _trains_sparse(request: TrainRequest) -> bool:
 def _first_weights(request: TrainRequest, data: DataSet) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(request.seed)
-        model = build_model(request.model, data.train.images.shape[1], data.classes)
+        model = network_for(request.model, data.normalize(data.validation.images[:1]), data.classes)
     if request.init is not None:
         load_weights(model, request.init)
     return model.to(_device(request.device))
@@ -192,15 +193,15 @@ def _device(name: str) -> torch.device:
 
 
 def make_uniform(model: str, data: str, texts: Sequence[str]) -> Policy:
-    """Return a policy without a search for a built-in network; see ``search_spaces.uniform``.
+    """Return a policy without a search; see ``search_spaces.uniform``.
 
     Args:
         model, data: Names as on the command line.
         texts: Choices in their text form; each layer takes the first that fits.
     """
     data_set = load_data(data)
-    network = build_model(model, data_set.train.images.shape[1], data_set.classes)
-    layers = trace(network, data_set.normalize(data_set.validation.images[:1]))
+    example = data_set.normalize(data_set.validation.images[:1])
+    layers = trace(network_for(model, example, data_set.classes), example)
     return uniform_policy(layers, texts, model=model)
 
 
