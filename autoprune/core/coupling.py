@@ -219,3 +219,45 @@ def resized(
         groups = sides.grouped.width(kept, units)
         return replace(layer, weight_shape=(filters, *layer.weight_shape[1:]), groups=groups)
     return replace(layer, weight_shape=(filters, sides.inputs.width(kept, units), *layer.weight_shape[2:]))
+
+
+def variants(
+    layer: LayerSpec, coupling: Coupling, options: Mapping[str, Iterable[int]]
+) -> dict[tuple[int, int, int], LayerSpec]:
+    """Return every shape that a layer can come to, by its amounts: input channels, filters and groups that stay.
+
+    Args:
+        layer: As it is.
+        coupling: Groups of the network.
+        options: Leader → units that may stay, of the groups that are searched.
+    """
+    sides = coupling.layers.get(layer.name)
+    if sides is None:
+        return {(layer.channels, layer.filters, layer.groups): layer}
+    leaders = [leader for leader in sides.leaders if leader in options]
+    found: set[tuple[int, int, int]] = {amounts(layer, sides, coupling)}
+    # What a group takes away does not depend on the others: sums of all combinations, each once.
+    for leader in leaders:
+        steps = {taken(sides, leader, coupling.groups[leader].units - kept) for kept in options[leader]}
+        found = {(i - a, o - b, g - c) for i, o, g in found for a, b, c in steps}
+    return {key: _shaped(layer, key) for key in sorted(found)}
+
+
+def amounts(layer: LayerSpec, sides: LayerSides, coupling: Coupling) -> tuple[int, int, int]:
+    """Return a layer's input channels, filters and groups, nothing taken out."""
+    units = {leader: group.units for leader, group in coupling.groups.items()}
+    return sides.inputs.width({}, units), sides.outputs.width({}, units), layer.groups
+
+
+def taken(sides: LayerSides, leader: str, units: int) -> tuple[int, int, int]:
+    """Return the input channels, filters and groups that a layer loses with some units of one group."""
+
+    def lost(side: Side | None) -> int:
+        return 0 if side is None else units * sum(share.each for share in side.shares if share.leader == leader)
+
+    return lost(sides.inputs), lost(sides.outputs), lost(sides.grouped)
+
+
+def _shaped(layer: LayerSpec, key: tuple[int, int, int]) -> LayerSpec:
+    channels, filters, groups = key
+    return replace(layer, weight_shape=(filters, channels // groups, *layer.weight_shape[2:]), groups=groups)

@@ -314,6 +314,7 @@ def _side(slot: Slot | None, size: int, leaders: tuple[str, ...]) -> Side:
 def _tried(finder: _Finder, groups: ChannelGroups) -> ChannelGroups:
     """Return the groups that leave the network's outputs as the mask does, as far as a trial shows."""
     leaders = [leader for leader, group in groups.coupling.groups.items() if group.units > 1]
+    _randomise(finder.model)
     wrong = _wrong(finder, groups, leaders)
     if not wrong:
         return groups
@@ -343,10 +344,22 @@ def _agrees(finder: _Finder, groups: ChannelGroups, leaders: list[str]) -> bool:
     masked = copy.deepcopy(finder.model)
     try:
         mask_channels(masked, groups, kept)
-        smaller = take_out(finder.model, groups, kept)
+        smaller = take_out(masked, groups, kept)
         return difference(outputs(masked, finder.example), outputs(smaller, finder.example)) <= _PROBE_TOLERANCE
     except Exception:  # sizes written into a forward: whatever it raises, these channels cannot leave
         return False
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module) -> None:
+    """Give every parameter values that let a mistake show: heads and layer scales often start at zero, or nearly."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        if parameter.dim() > 1:
+            parameter.copy_(noise * (2.0 / max(1, parameter[0].numel())) ** 0.5)
+        else:
+            parameter.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))
 
 
 def without(groups: ChannelGroups, reasons: Mapping[str, str]) -> ChannelGroups:
