@@ -158,7 +158,7 @@ class CoupledProblem(Problem):
         return np.unique(np.array(found), axis=0)
 
     def _parts(self, assignment_L: IntArray) -> FloatArray:
-        """Return the cost that each layer's choice completes, (L, D): its own and the factors that it is the last of."""
+        """Return the cost that each layer's choice completes, (L, D): its own and the factors that end with it."""
         parts_LD = np.stack([own_CD[pick] for own_CD, pick in zip(self.own_LCD, assignment_L, strict=True)])
         for factor in self.factors:
             parts_LD[factor.units[-1]] += factor.costs(assignment_L[None, list(factor.units)])[0]

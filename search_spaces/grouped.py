@@ -79,7 +79,8 @@ def channel_options(space: SearchSpace) -> dict[str, tuple[int, ...]]:
     for leader, group in space.coupling.groups.items():
         choices = space.choices[leader]
         if any(isinstance(choice, Channels) for choice in choices):
-            found[leader] = tuple(group.kept_units(choice) for choice in choices if isinstance(choice, Dense | Channels))
+            widths = [choice for choice in choices if isinstance(choice, Dense | Channels)]
+            found[leader] = tuple(group.kept_units(choice) for choice in widths)
     return found
 
 

@@ -55,7 +55,8 @@ def make(
     errors = [np.append(0.0, np.sort(rng.exponential(0.1, 3))) for _ in layers]
     zeros = tuple(np.zeros(4) for _ in layers)
     dense_D = sum(f.costs(np.zeros((1, len(f.units)), dtype=np.int64))[0] for f in factors)
-    limits = [Constraint(kind, zeros, budget * float(cost)) for kind, cost in zip(("latency", "size"), dense_D)]
+    kinds = ("latency", "size")[:constraints]
+    limits = [Constraint(kind, zeros, budget * float(cost)) for kind, cost in zip(kinds, dense_D, strict=True)]
 
     def evaluate(assignment: tuple[int, ...]) -> Quality:
         error = sum(errors[i][a] for i, a in enumerate(assignment))

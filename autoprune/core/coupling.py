@@ -92,8 +92,8 @@ class ChannelGroup:
         width = choice.width(self.filters)
         if width % self.each:
             raise PolicyError(
-                f"layer '{self.leader}': {choice.text} keeps {width} of {self.filters} filters, which leave in units of "
-                f"{self.each}; keep a multiple of {self.each}."
+                f"layer '{self.leader}': {choice.text} keeps {width} of {self.filters} filters, which leave "
+                f"{self.each} together; keep a multiple of {self.each}."
             )
         return width // self.each
 

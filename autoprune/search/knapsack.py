@@ -154,7 +154,7 @@ def solve_problem(
 
 
 def _coupled(problem: CoupledProblem, errors: list[FloatArray], buckets: int, moves: Moves) -> Assignment:
-    """Return the coupled solver's assignment; of several constraints their weighted sum bounds it, as in ``_surrogate``."""
+    """Return the coupled solver's assignment; several constraints are one weighted sum, as in ``_surrogate``."""
     scale_D = np.maximum(problem.limits_D, 1e-12)
     weight_D = np.full(len(scale_D), 1.0 / len(scale_D))
     best: Assignment | None = None

@@ -160,7 +160,7 @@ class _Finder:
         target, side = place
         module = self.modules[target]
         if len(roots) != len(positions) or any(root is None for root in roots):
-            self._poison_all(writer, range(len(self.modules[writer].weight)), f"their way to '{target}' is not one to one")
+            self._poison((writer, "out", 0), f"their way to '{target}' is not one to one")
             return
         if not isinstance(module, Layer):
             side = "out"
@@ -177,7 +177,7 @@ class _Finder:
 
     def _poison(self, node: _Node, reason: str) -> None:
         module = self.modules[node[0]]
-        for position in range(len(module.weight)):  # type: ignore[arg-type]
+        for position in range(len(module.weight)):
             self.poison.append(((node[0], node[1], position), reason))
 
     def _poison_all(self, writer: str, positions: Iterable[int | None], reason: str) -> None:
@@ -208,7 +208,7 @@ def _assemble(finder: _Finder) -> ChannelGroups:
     units: dict[_Node, list[_Node]] = {}
     for node in finder.parent:
         units.setdefault(finder.find(node), []).append(node)
-    bad = {}
+    bad: dict[_Node, str] = {}
     for node, reason in finder.poison:
         bad.setdefault(finder.find(node), reason)
     classes: dict[frozenset[tuple[str, str, int]], list[list[_Node]]] = {}
@@ -217,10 +217,10 @@ def _assemble(finder: _Finder) -> ChannelGroups:
         counts: dict[tuple[str, str], int] = {}
         for name, side, _ in nodes:
             counts[name, side] = counts.get((name, side), 0) + 1
-        reason = bad.get(root)
-        if reason is None and not any(side == "in" and not _is_grouped(finder, name) for name, side in counts):
+        reason = bad.get(root, "")
+        if not reason and not any(side == "in" and not _is_grouped(finder, name) for name, side in counts):
             reason = "no layer of the network reads them"
-        if reason is not None:
+        if reason:
             refused.update({name: reason for name, side in counts if side == "out" and name in finder.layers})
             continue
         classes.setdefault(frozenset((*place, count) for place, count in counts.items()), []).append(nodes)
@@ -242,7 +242,7 @@ def _grouped(finder: _Finder, classes: list[list[list[_Node]]], refused: dict[st
                 written[name] = written.get(name, 0) + 1
         whole = sorted(
             (name for name, count in written.items()
-             if count == len(finder.modules[name].weight) and not _is_grouped(finder, name)),  # type: ignore[arg-type]
+             if count == len(finder.modules[name].weight) and not _is_grouped(finder, name)),
             key=lambda name: place_of[name],
         )
         if not whole:
@@ -367,9 +367,9 @@ def without(groups: ChannelGroups, reasons: Mapping[str, str]) -> ChannelGroups:
     index = {leader: place for place, leader in enumerate(groups.leaders)}
     left = [leader for leader in groups.leaders if leader not in reasons]
     table = torch.full((len(groups.leaders) + 1,), -1)  # the last entry is found by -1
-    for place, leader in enumerate(left):
-        table[index[leader]] = place
-    slots = {}
+    for number, leader in enumerate(left):
+        table[index[leader]] = number
+    slots: dict[Place, Slot] = {}
     for place, slot in groups.slots.items():
         group_P = table[slot.group_P]
         if bool((group_P >= 0).any()):

@@ -83,7 +83,9 @@ class ChannelGroups:
 
     def _with_side(self, leader: str, side: str) -> tuple[str, ...]:
         index = self.leaders.index(leader)
-        return tuple(name for (name, own), slot in self.slots.items() if own == side and bool((slot.group_P == index).any()))
+        return tuple(
+            name for (name, own), slot in self.slots.items() if own == side and bool((slot.group_P == index).any())
+        )
 
     def unit_sums(self, leader: str, place: Place, value_P: Tensor) -> Tensor:
         """Return the sums of one value per position over each unit of a group, (U,) float32."""
@@ -93,15 +95,14 @@ class ChannelGroups:
         return sums_U.index_add_(0, slot.unit_P[own_P], value_P.detach().float().cpu()[own_P])
 
 
-def input_sums(module: nn.Module, power: int = 1) -> Tensor:
-    """Return Σ|w|^power over the weights that read each input position of a layer, (P,)."""
-    weight = _layer(module).weight.detach().abs() ** power
-    return weight.transpose(0, 1).flatten(1).sum(1)
+def input_sums(module: nn.Module) -> Tensor:
+    """Return Σ|w| over the weights that read each input position of a layer, (P,)."""
+    return _layer(module).weight.detach().abs().transpose(0, 1).flatten(1).sum(1)
 
 
-def filter_sums(module: nn.Module, power: int = 1) -> Tensor:
-    """Return Σ|w|^power over each filter of a layer, (P,)."""
-    return (_layer(module).weight.detach().abs() ** power).flatten(1).sum(1)
+def filter_sums(module: nn.Module) -> Tensor:
+    """Return Σ|w| over each filter of a layer, (P,)."""
+    return _layer(module).weight.detach().abs().flatten(1).sum(1)
 
 
 def channel_scores(model: nn.Module, groups: ChannelGroups, leader: str, criterion: Criterion = "input") -> Tensor:
@@ -203,9 +204,9 @@ def living_units(model: nn.Module, groups: ChannelGroups, leader: str) -> Tensor
     for name in groups.writers(leader):
         module = model.get_submodule(name)
         if isinstance(module, Layer):
-            written_U += groups.unit_sums(leader, (name, "out"), (filter_sums(module, 0) > 0).float())
+            written_U += groups.unit_sums(leader, (name, "out"), (filter_sums(module) > 0).float())
     for name in groups.readers(leader):
-        read_U += groups.unit_sums(leader, (name, "in"), (input_sums(model.get_submodule(name), 0) > 0).float())
+        read_U += groups.unit_sums(leader, (name, "in"), (input_sums(model.get_submodule(name)) > 0).float())
     return (written_U > 0) & (read_U > 0)
 
 
@@ -264,7 +265,7 @@ def check_equal(masked: nn.Module, smaller: nn.Module, example: object) -> None:
     if not error <= _TOLERANCE:
         raise ModelError(
             f"the network without its removed channels differs from the masked one by {error:.1e} of its outputs' "
-            "scale: biases or BatchNorm shifts of removed channels are not zero; mask it by autoprune.mask_channels."
+            "scale: biases or BatchNorm shifts of removed channels are not zero; mask or train it by the policy first."
         )
 
 
@@ -282,7 +283,7 @@ def outputs(model: nn.Module, example: object) -> list[Tensor]:
 
 
 def difference(want: list[Tensor], got: list[Tensor]) -> float:
-    """Return the largest difference of outputs over their scale; infinite where shapes differ or values are no numbers."""
+    """Return the largest difference of outputs over their scale; infinite where shapes differ or values are NaN."""
     if [t.shape for t in want] != [t.shape for t in got]:
         return float("inf")
     worst = 0.0
