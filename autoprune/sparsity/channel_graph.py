@@ -62,6 +62,31 @@ def _double(example: object) -> tuple[object, ...]:
     return tuple(one(value) for value in as_arguments(example))
 
 
+class _Entrance(nn.Module):
+    """A model behind layers that leave its inputs as they are: the graph knows the channels of what a layer made.
+
+    Without them an image that is concatenated to maps has no channels, and everything behind it shifts.
+    """
+
+    def __init__(self, model: nn.Module, example: tuple[object, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.gates = nn.ModuleList(_gate(value) for value in example)
+
+    def forward(self, *inputs: object) -> object:
+        return self.model(*(gate(value) for gate, value in zip(self.gates, inputs, strict=True)))
+
+
+@torch.no_grad()
+def _gate(value: object) -> nn.Module:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() not in (2, 3, 4):
+        return nn.Identity()
+    channels = value.shape[1] if value.dim() == 4 else value.shape[-1]
+    gate = nn.Conv2d(channels, channels, 1, bias=False) if value.dim() == 4 else nn.Linear(channels, channels, bias=False)
+    gate.weight.copy_(torch.eye(channels).reshape(gate.weight.shape))
+    return gate.double()
+
+
 @dataclass
 class _Finder:
     """Collects which positions belong together; ``model`` is a copy in double precision."""
@@ -73,6 +98,7 @@ class _Finder:
     refused: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.gates: set[nn.Module] = set()
         self.modules = dict(self.model.named_modules())
         self.order = _execution_order(self.model, self.example)
         self.layers = [name for name in self.order if isinstance(self.modules[name], Layer)]
@@ -105,9 +131,11 @@ class _Finder:
 
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the graph's remarks on what it does not know; outputs are compared
+            entrance = _Entrance(self.model, self.example)
             graph = torch_pruning.DependencyGraph().build_dependency(
-                self.model, example_inputs=list(self.example), verbose=False
+                entrance, example_inputs=list(self.example), verbose=False
             )
+            self.gates = set(entrance.gates)
             names = {module: name for name, module in self.modules.items()}
             for name in self.layers:
                 module = self.modules[name]
@@ -151,6 +179,9 @@ class _Finder:
             if isinstance(target, nn.Parameter):
                 self._poison_all(name, roots, "a bare parameter of the model goes along with them")
                 continue
+            if target in self.gates:
+                self._poison_all(name, roots, "they meet channels of the network's input")
+                continue
             if target not in names:
                 continue  # an operation without parameters
             side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"  # type: ignore[attr-defined]
@@ -159,7 +190,8 @@ class _Finder:
     def _join_item(self, writer: str, roots: list[int], place: tuple[str, str], positions: list[int]) -> None:
         target, side = place
         module = self.modules[target]
-        if len(roots) != len(positions) or any(root is None for root in roots):
+        size = _size(module, side) if isinstance(module, Layer | Norm | nn.PReLU) else len(self.modules[writer].weight)
+        if len(roots) != len(positions) or None in roots or not all(0 <= p < size for p in positions):
             self._poison((writer, "out", 0), f"their way to '{target}' is not one to one")
             return
         if not isinstance(module, Layer):
@@ -279,9 +311,8 @@ def _with_slots(
 
 
 def _size(module: nn.Module, side: str) -> int:
-    if side == "in":
-        assert isinstance(module, Layer)
-        return int(module.weight.shape[1])
+    if side == "in" and isinstance(module, Layer):
+        return int(module.weight.shape[1]) * (module.groups if isinstance(module, nn.Conv2d) else 1)
     weight = module.weight if not isinstance(module, Norm) else module.running_mean
     if weight is None:
         assert isinstance(module, Norm)
