@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autoprune.lut.table import LatencyTable as LatencyTable
     from autoprune.search.pipeline import search as search
     from autoprune.search_spaces.space import SearchSpace as SearchSpace
+    from autoprune.sparsity.compact import compact as compact
     from autoprune.trainers.session import attach as attach
 
 __version__ = "0.1.0"
@@ -25,11 +26,12 @@ _HOME = {
     "Policy": "autoprune.core.policy",
     "SearchSpace": "autoprune.search_spaces.space",
     "attach": "autoprune.trainers.session",
+    "compact": "autoprune.sparsity.compact",
     "convert": "autoprune.kernels.convert",
 }
 
 # `search` is a sub-package as well as a function: the module itself is callable, see autoprune/search/__init__.py.
-__all__ = ["LatencyTable", "Policy", "SearchSpace", "__version__", "attach", "convert", "search"]
+__all__ = ["LatencyTable", "Policy", "SearchSpace", "__version__", "attach", "compact", "convert", "search"]
 
 
 def __getattr__(name: str) -> object:

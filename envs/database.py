@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
-from autoprune.core.choices import Choice, Dense
+from autoprune.core.choices import Channels, Choice, Dense
 from autoprune.core.layers import LayerSpec
+from autoprune.envs.channel_weights import ChannelWeights
 from autoprune.envs.network import layer_of, side_by_side
 from autoprune.envs.store import DatabaseStore, Moments
+from autoprune.sparsity.channels import ChannelGroups, Criterion, parameter_masks
 from autoprune.sparsity.compensate import compensate, damped
 from autoprune.sparsity.masks import make_mask
 
@@ -32,20 +34,63 @@ class LayerDatabase:
 
     Attributes:
         weights: float32, zeros where pruned, in the module's own weight shape.
-        moments: Inputs of every layer.
+        moments: Inputs of every layer that is searched, or reads searched channels.
+        channels: Weights under channel choices; None where none are searched.
     """
 
-    def __init__(self, weights: Mapping[tuple[str, str], Tensor], moments: Mapping[str, Moments]) -> None:
+    def __init__(
+        self,
+        weights: Mapping[tuple[str, str], Tensor],
+        moments: Mapping[str, Moments],
+        channels: ChannelWeights | None = None,
+    ) -> None:
         self.weights = dict(weights)
         self.moments = dict(moments)
+        self.channels = channels
 
     def weight(self, layer: str, choice: Choice) -> Tensor:
         """Return the compensated weight of a layer under a choice other than dense."""
         return self.weights[layer, choice.text]
 
     def policy_weights(self, choices: Mapping[str, Choice]) -> dict[str, Tensor]:
-        """Return layer → weight of every layer that is not dense."""
-        return {name: self.weight(name, choice) for name, choice in choices.items() if not isinstance(choice, Dense)}
+        """Return layer → weight of every layer that is not as it was: its own choice, or channels it reads are gone."""
+        found = {} if self.channels is None else self.channels.weights(choices)
+        own = {name: choice for name, choice in choices.items() if not isinstance(choice, Dense | Channels)}
+        return {**found, **{name: self.weight(name, choice) for name, choice in own.items()}}
+
+    def changed_by(self, layer: str) -> tuple[str, ...]:
+        """Return the layers whose weights depend on one layer's choice: itself, or what reads its group."""
+        group = None if self.channels is None else self.channels.groups.coupling.group_of(layer)
+        if self.channels is None or group is None:
+            return (layer,)
+        readers = set(self.channels.groups.readers(group.leader))
+        return tuple(name for name in self.channels.readers if name in readers)
+
+    def parameter_masks(self, model: nn.Module, choices: Mapping[str, Choice]) -> dict[str, Tensor]:
+        """Return parameter name → which elements stay, of every parameter that a policy's channels touch."""
+        if self.channels is None:
+            return {}
+        return parameter_masks(model, self.channels.groups, self.channels.kept(choices))
+
+
+@dataclass(frozen=True, slots=True)
+class Channelled:
+    """What a database needs to know of channels.
+
+    Attributes:
+        groups: Of the model.
+        layers: All layers of the model.
+        criterion: Ranks the units of a group.
+    """
+
+    groups: ChannelGroups
+    layers: Sequence[LayerSpec]
+    criterion: Criterion = "input"
+
+    def readers(self, leaders: Sequence[str]) -> list[LayerSpec]:
+        """Return the layers that read any of some groups."""
+        names = {name for leader in leaders for name in self.groups.readers(leader)}
+        return [layer for layer in self.layers if layer.name in names]
 
 
 def build_database(
@@ -54,6 +99,7 @@ def build_database(
     images: Tensor,
     advance: Callable[[], None] = lambda: None,
     store: DatabaseStore | None = None,
+    channels: Channelled | None = None,
 ) -> LayerDatabase:
     """Return the database of a dense model.
 
@@ -63,12 +109,18 @@ def build_database(
         images: Normalised calibration images ``(N, C, H, W)`` float32.
         advance: Called once for every layer done.
         store: Files of this model and these images: what they hold is not made again, what is made is kept at once.
+        channels: Where channels are searched.
     """
-    moments = _moments(model, list(options), images, store)
+    leaders = [layer.name for layer in options if any(isinstance(c, Channels) for c in options[layer])]
+    readers = [] if channels is None else channels.readers(leaders)
+    sparse = [layer for layer in options if layer.name not in leaders]
+    moments = _moments(model, list(dict.fromkeys([*sparse, *readers])), images, store)
 
     def solve(layer: LayerSpec) -> dict[tuple[str, str], Tensor]:
+        if layer.name in leaders:
+            return {}
         weight = layer_of(model, layer.name).weight.detach()
-        pruned = [choice for choice in options[layer] if not isinstance(choice, Dense)]
+        pruned = [choice for choice in options[layer] if not isinstance(choice, Dense | Channels)]
         made = compensated_weights(weight, pruned, moments[layer.name], layer, store)
         return {(layer.name, choice.text): tensor for choice, tensor in made.items()}
 
@@ -79,7 +131,10 @@ def build_database(
         for job in as_completed(jobs):
             weights.update(job.result())
             advance()
-    return LayerDatabase(weights, moments)
+    if channels is None or not leaders:
+        return LayerDatabase(weights, moments)
+    own = ChannelWeights(model, channels.groups, leaders, moments, channels.criterion)
+    return LayerDatabase(weights, moments, own)
 
 
 def _moments(

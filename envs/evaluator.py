@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.core.choices import Choice, Dense
+from autoprune.core.choices import Channels, Choice, Dense
 from autoprune.core.layers import LayerSpec
 from autoprune.envs.database import LayerDatabase
 from autoprune.envs.network import BATCH, StitchedNetwork, layer_of, side_by_side
@@ -77,12 +77,16 @@ class Evaluator:
             advance: Called once for every layer done.
             done: Told each layer's name and errors as soon as they are known, by any thread.
         """
+        found: dict[str, np.ndarray] = {}
+        for layer in [spec for spec in options if any(isinstance(c, Channels) for c in options[spec])]:
+            found[layer.name] = self._group_errors(layer.name, options[layer], count)
+            done(layer.name, found[layer.name])
+            advance()
         self._network.load({})
         self._network.fold()
         images = self._network.to_native(self._images[:count])
         dense_logits = self.dense_logits[:count]
-        layers = list(options)
-        found: dict[str, np.ndarray] = {}
+        layers = [layer for layer in options if layer.name not in found]
 
         def work(part: list[LayerSpec], network: StitchedNetwork, cache: PrefixCache) -> None:
             for layer in part:
@@ -103,7 +107,20 @@ class Evaluator:
         ]
         with side_by_side() as pool:
             list(pool.map(work, parts, networks, caches))
-        return tuple(found[layer.name] for layer in layers)
+        return tuple(found[layer.name] for layer in options)
+
+    def _group_errors(self, leader: str, choices: Sequence[Choice], count: int) -> np.ndarray:
+        """Return the error of each choice of a group alone; several layers change, and the whole network runs."""
+        assert self._database.channels is not None
+        errors = np.zeros(len(choices))
+        for index, choice in enumerate(choices):
+            if not isinstance(choice, Dense):
+                expanded = self._database.channels.groups.coupling.expanded({leader: choice})
+                self._network.load(self._database.policy_weights(expanded))
+                self._network.recalibrate()
+                self._network.fold()
+                errors[index] = divergence(self.dense_logits[:count], self._network.logits(self._images[:count]))
+        return errors
 
     def _single_errors(self, alone: _Alone, choices: Sequence[Choice]) -> np.ndarray:
         pruned = [index for index, choice in enumerate(choices) if not isinstance(choice, Dense)]

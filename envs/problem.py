@@ -6,6 +6,7 @@ Shapes: L searched layers, C choices of a layer (ragged: one array per layer), D
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -164,6 +165,27 @@ class Problem:
         for layer, index in enumerate(assignment):
             total_D += self.costs_LCD[layer][index]
         return total_D
+
+    @property
+    def separable(self) -> bool:
+        """Whether costs are sums over layers, each by its own choice."""
+        return True
+
+    @functools.cached_property
+    def _padded_LCD(self) -> FloatArray:
+        padded_LCD = np.full((len(self.layers), max(self.sizes), len(self.constraints)), np.inf)
+        for layer, costs_CD in enumerate(self.costs_LCD):
+            padded_LCD[layer, : len(costs_CD)] = costs_CD
+        return padded_LCD
+
+    def costs_of(self, assignments_NL: IntArray) -> FloatArray:
+        """Return the costs of many assignments, (N, D)."""
+        return np.asarray(self._padded_LCD[np.arange(len(self.layers)), assignments_NL].sum(axis=1))
+
+    def after_moves(self, assignment: IntArray) -> FloatArray:
+        """Return the costs after every move of one layer, (L, C, D), infinite where a layer has no such choice."""
+        here_LD = self._padded_LCD[np.arange(len(self.layers)), assignment]
+        return np.asarray(self.costs(assignment.tolist()) + (self._padded_LCD - here_LD[:, None, :]))
 
     def feasible(self, assignment: Sequence[int]) -> bool:
         """Return whether the assignment meets every constraint."""

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from autoprune.core.choices import Choice, Dense, Pattern, Tile
+from autoprune.core.choices import Channels, Choice, Dense, Pattern, Tile
 from autoprune.core.errors import DeviceError, ModelError, PolicyError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
@@ -30,6 +30,8 @@ from autoprune.kernels.nested import disagreement, layers_by_hooks, torch_form
 from autoprune.kernels.plan import KernelName, Plan, build_plan, kernel_for
 from autoprune.kernels.plan_ops import PlanRefusal
 from autoprune.kernels.survey import Layer, survey
+from autoprune.sparsity.channels import ChannelGroups
+from autoprune.sparsity.compact import compact
 
 __all__ = ["DeployedModel", "GpuModel", "LatencyRows", "NestedModel", "PlannedModel", "convert"]
 
@@ -43,6 +45,7 @@ def convert(
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    groups: ChannelGroups | None = None,
 ) -> DeployedModel:
     """Return the network that runs ``model`` fastest under a policy it was already masked by.
 
@@ -57,6 +60,7 @@ def convert(
         threads: Threads of a CPU's kernels.
         device: ``cpu``, or ``cuda``: the fused network on the GPU, channels last, or PyTorch's with layers replaced.
         dtype: Of a network on a GPU; one on a CPU is in float32.
+        groups: Channel groups of the model, where they are known; a policy with channel choices finds them otherwise.
     Raises:
         PolicyError: A choice names no layer of the model, or one that cannot take it.
         ModelError: Wrong dtype or device, or weights that the policy says are pruned but are not.
@@ -64,6 +68,13 @@ def convert(
     """
     choices = dict(policy.choices) if isinstance(policy, Policy) else dict(policy)
     _check_model(model, example)
+    channels = {name: choice for name, choice in choices.items() if isinstance(choice, Channels)}
+    if channels:
+        smaller = compact(model, channels, example, groups)
+        rest = {name: choice for name, choice in choices.items() if name not in channels}
+        deployed = convert(smaller, rest, example, table, threads, device=device, dtype=dtype)
+        deployed.decisions = tuple(_noted(d, channels, smaller) for d in deployed.decisions)
+        return deployed
     choices = _with_ties(model, choices)
     if device != "cpu":
         check_gpu(device)
@@ -99,6 +110,15 @@ def _with_ties(model: nn.Module, choices: Mapping[str, Choice]) -> dict[str, Cho
         if id(module.weight) in chosen and "weight" in module._parameters:
             found.setdefault(name, chosen[id(module.weight)])
     return found
+
+
+def _noted(decision: Decision, channels: Mapping[str, Choice], smaller: nn.Module) -> Decision:
+    """Return a decision of the smaller network with the choice that made the layer smaller."""
+    choice = channels.get(decision.layer)
+    if choice is None:
+        return decision
+    filters = len(smaller.get_submodule(decision.layer).weight)  # type: ignore[arg-type]
+    return replace(decision, choice=choice.text, why=f"{filters} filters are left of it: {decision.why}")
 
 
 def check_gpu(device: str) -> None:

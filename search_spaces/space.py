@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from autoprune.core.choices import CHOICE_KINDS, Choice, Dense
+from autoprune.core.coupling import Coupling
 from autoprune.core.errors import ChoiceError, SpaceError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.registry import unknown_name
@@ -181,6 +182,7 @@ class SearchSpace:
         layers: Every conv and linear layer, in execution order.
         choices: Layer name → its choices: ``Dense()`` first, then by falling density, then by text.
         name: Of the preset or file it came from.
+        coupling: Channel groups of the model; empty where no channels are searched.
     Raises:
         SpaceError: No layer, a name twice, or a layer's choices not in that order.
         ChoiceError: A layer cannot take one of its choices.
@@ -189,6 +191,7 @@ class SearchSpace:
     layers: tuple[LayerSpec, ...]
     choices: Mapping[str, tuple[Choice, ...]]
     name: str = "custom"
+    coupling: Coupling = field(default_factory=Coupling)
 
     def __post_init__(self) -> None:
         names = [layer.name for layer in self.layers]

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from autoprune.core.choices import Choice, Dense, parse_choice
+from autoprune.core.choices import Channels, Choice, Dense, parse_choice
+from autoprune.core.coupling import Coupling
 from autoprune.core.errors import AutopruneError, PolicyError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.rundir import write_text
@@ -168,20 +169,35 @@ def model_fingerprint(layers: Iterable[LayerSpec]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def macs_ratio(layers: Iterable[LayerSpec], choices: Mapping[str, Choice]) -> float:
-    """Return nominal MACs kept over dense MACs, conv and linear layers, batch 1."""
-    return _kept(layers, choices, by_macs=True)
+def macs_ratio(
+    layers: Iterable[LayerSpec], choices: Mapping[str, Choice], coupling: Coupling | None = None
+) -> float:
+    """Return nominal MACs kept over dense MACs, conv and linear layers, batch 1.
+
+    Args:
+        layers: Of the whole network.
+        choices: Layer → choice; layers not named are dense.
+        coupling: Channel groups; without them channels count at the layer that writes them alone.
+    """
+    return _kept(list(layers), choices, coupling, by_macs=True)
 
 
-def params_ratio(layers: Iterable[LayerSpec], choices: Mapping[str, Choice]) -> float:
-    """Return nominal weights kept over dense weights of conv and linear layers."""
-    return _kept(layers, choices, by_macs=False)
+def params_ratio(
+    layers: Iterable[LayerSpec], choices: Mapping[str, Choice], coupling: Coupling | None = None
+) -> float:
+    """Return nominal weights kept over dense weights of conv and linear layers; arguments as of ``macs_ratio``."""
+    return _kept(list(layers), choices, coupling, by_macs=False)
 
 
-def _kept(layers: Iterable[LayerSpec], choices: Mapping[str, Choice], *, by_macs: bool) -> float:
+def _kept(
+    layers: list[LayerSpec], choices: Mapping[str, Choice], coupling: Coupling | None, *, by_macs: bool
+) -> float:
+    smaller: Iterable[LayerSpec] = layers
+    if coupling is not None and coupling.groups:
+        smaller = coupling.resized(layers, choices)
+        choices = {name: choice for name, choice in choices.items() if not isinstance(choice, Channels)}
     kept = total = 0.0
-    for layer in layers:
-        amount = layer.macs if by_macs else layer.weights
-        total += amount
-        kept += amount * choices.get(layer.name, Dense()).density(layer)
+    for layer, own in zip(layers, smaller, strict=True):
+        total += layer.macs if by_macs else layer.weights
+        kept += (own.macs if by_macs else own.weights) * choices.get(layer.name, Dense()).density(layer)
     return kept / total if total else 1.0

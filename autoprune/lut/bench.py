@@ -112,7 +112,7 @@ def bench(
         MeasurementError: No dense execution runs on this machine.
     """
     choices = dict(policy.choices) if isinstance(policy, Policy) else dict(policy)
-    deployed = convert(masked_copy(model, choices), choices, example_batch, table, threads)
+    deployed = convert(masked_copy(model, choices, example_batch), choices, example_batch, table, threads)
     return bench_deployed(model, deployed, example_batch, threads, seconds, compile=compile)
 
 

@@ -7,16 +7,27 @@ holds: pooling, copying the input, the call itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import kendalltau
 
-from autoprune.core.choices import Choice, Dense
+from autoprune.core.choices import Channels, Choice, Dense
+from autoprune.core.coupling import Coupling
 from autoprune.core.errors import MeasurementError
 from autoprune.core.layers import LayerSpec
 from autoprune.lut.deploy import Deploy
 from autoprune.lut.measure import interleaved_us
 from autoprune.lut.table import Calibration, LatencyTable, Point
+
+
+@dataclass(frozen=True, slots=True)
+class Coupled:
+    """A network whose channels are searched: all its layers, and how they are coupled."""
+
+    layers: Sequence[LayerSpec]
+    coupling: Coupling
+
 
 Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, float]]
 
@@ -26,7 +37,7 @@ _GROUP_BYTES = 1 << 30
 
 def calibrate(
     table: LatencyTable,
-    layers: Sequence[LayerSpec],
+    layers: Sequence[LayerSpec] | Coupled,
     deploy: Deploy,
     space: Mapping[str, Sequence[Choice]],
     seed: int,
@@ -39,7 +50,7 @@ def calibrate(
 
     Args:
         table: Covers every layer and choice of the space.
-        layers: All layers of the network.
+        layers: All layers of the network, with their coupling where channels are among the choices.
         deploy: From choices to a call that runs that network once (``lut.deploy.deployer``).
         space: Layer → choices; layers not named stay dense.
         seed: Of the policies drawn.
@@ -51,15 +62,20 @@ def calibrate(
     """
     if count < 4:
         raise MeasurementError(f"calibration on {count} networks: give at least 4.")
-    policies = random_policies(table, layers, space, seed, count)
+    network = layers if isinstance(layers, Coupled) else Coupled(layers, Coupling())
+    policies = [
+        network.coupling.expanded(policy) for policy in random_policies(table, network.layers, space, seed, count)
+    ]
     points: list[Point] = []
-    size = max(4, _GROUP_BYTES // (8 * sum(layer.weights for layer in layers)))
+    size = max(4, _GROUP_BYTES // (8 * sum(layer.weights for layer in network.layers)))
     for start in range(0, len(policies), size):
         group = policies[start : start + size]
         runs = {str(index): deploy(choices) for index, choices in enumerate(group)}
         medians = timer(runs) if timer else _host_us(runs, sample_seconds, table.context.threads)
         for index, choices in enumerate(group):
-            points.append(Point(rows_us=table.rows_us(layers, choices), measured_us=medians[str(index)]))
+            own = {name: choice for name, choice in choices.items() if not isinstance(choice, Channels)}
+            rows_us = table.rows_us(network.coupling.resized(network.layers, choices), own)
+            points.append(Point(rows_us=rows_us, measured_us=medians[str(index)]))
     return table.with_calibration(fit(points))
 
 
@@ -83,7 +99,9 @@ def random_policies(
         layer = by_name[name]
         dense_us = table.layer_us(layer, Dense())
         faster = [choice for choice in table.measured(layer, choices) if table.layer_us(layer, choice) < dense_us]
-        ranked[name] = [Dense(), *sorted(faster, key=lambda c: -table.layer_us(layer, c))]
+        # Widths: the narrower the faster. What a group takes depends on its neighbours.
+        widths = sorted((c for c in choices if isinstance(c, Channels)), key=lambda c: -c.keep)
+        ranked[name] = [Dense(), *widths, *sorted(faster, key=lambda c: -table.layer_us(layer, c))]
     policies: list[dict[str, Choice]] = [{}]
     for index in range(1, count):
         centre = index / (count - 1)

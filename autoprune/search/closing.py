@@ -9,9 +9,9 @@ from autoprune.core.budget import Budget
 from autoprune.core.choices import Choice, Dense
 from autoprune.core.front import Front, FrontPoint
 from autoprune.core.goal import GoalKind
-from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy, PolicyFile, model_fingerprint
 from autoprune.core.result import FidelityPoint, LayerRow, Result, Row, TrialRow
+from autoprune.envs.problem import Assignment
 from autoprune.kernels.convert import DeployedModel
 from autoprune.lut.left_out import left_out
 from autoprune.lut.measure import peak_gflops
@@ -22,6 +22,8 @@ from autoprune.search.elsewhere import Undeployed
 from autoprune.search.finals import Candidate, Finals, meets, predicted_cost
 from autoprune.search.front import non_dominated
 from autoprune.search.study import Study
+from autoprune.search_spaces.grouped import split_choices
+from autoprune.search_spaces.space import SearchSpace
 
 
 def rows_of(candidates: list[Candidate], feasible: list[bool | None]) -> list[Row]:
@@ -41,30 +43,31 @@ def rows_of(candidates: list[Candidate], feasible: list[bool | None]) -> list[Ro
 
 
 def layer_rows(
-    layers: tuple[LayerSpec, ...], chosen: Candidate, network: DeployedModel, table: LatencyTable, threads: int
+    space: SearchSpace, chosen: Candidate, network: DeployedModel, table: LatencyTable, threads: int
 ) -> list[LayerRow]:
     """Return what became of each layer: predicted, measured inside the network, floor, and why."""
+    smaller = space.coupling.resized(space.layers, chosen.choices)
     decisions = {layer: (kernel, why) for layer, _, kernel, why in network.explain()}
     measured = layer_times_us(network)
     slope = table.calibration.slope if table.calibration else 1.0
     here = not isinstance(network, Undeployed)
     macs_a_us = peak_gflops(threads) * 1e3 / 2.0 if here else 0.0
     rows = []
-    for layer in layers:
+    for layer, own in zip(space.layers, smaller, strict=True):
         choice = chosen.choices.get(layer.name, Dense())
         kernel, why = decisions.get(layer.name, ("torch", "not part of the plan"))
         deployed: Choice = Dense() if kernel in ("dense", "torch") else choice
-        row = table.row(layer, deployed)
-        floor_us = layer.macs * table.context.batch * deployed.density(layer) / macs_a_us if here else 0.0
+        row = table.row(own, deployed)
+        floor_us = own.macs * table.context.batch * deployed.density(own) / macs_a_us if here else 0.0
         rows.append(
             LayerRow(
                 name=layer.name,
                 shape=layer.signature,
                 choice=choice.text,
                 kernel=kernel,
-                density=choice.density(layer),
+                density=own.weights / layer.weights if own != layer else choice.density(layer),
                 dense_us=slope * layer.calls * table.layer_us(layer, Dense()),
-                predicted_us=slope * layer.calls * table.layer_us(layer, deployed),
+                predicted_us=slope * layer.calls * table.layer_us(own, deployed),
                 measured_us=measured.get(layer.name),
                 floor_us=layer.calls * row.floor_us if row.floor_us is not None else floor_us,
                 model_us=None if row.model_us is None else layer.calls * row.model_us,
@@ -74,15 +77,20 @@ def layer_rows(
     return rows
 
 
-def trial_rows(study: Study, layers: tuple[LayerSpec, ...], table: LatencyTable) -> list[TrialRow]:
+def trial_rows(study: Study, space: SearchSpace, table: LatencyTable) -> list[TrialRow]:
     """Return every evaluated policy with its predicted latency."""
+
+    def latency_us(assignment: Assignment) -> float:
+        choices = study.problem.named(assignment)
+        return table.network_us(space.coupling.resized(space.layers, choices), split_choices(choices))
+
     return [
         TrialRow(
             number=trial.number,
             proposer=trial.proposer,
             error=trial.quality.error,
             accuracy=trial.quality.accuracy,
-            latency_us=table.network_us(layers, study.problem.named(trial.assignment)),
+            latency_us=latency_us(trial.assignment),
             seconds=trial.quality.seconds,
         )
         for trial in study.trials
@@ -136,10 +144,10 @@ def make_result(
         seed=config.seed,
         met=met,
         rows=rows_of(rows, feasible),
-        layers=layer_rows(context.layers, chosen, network, table, config.threads),
+        layers=layer_rows(context.space, chosen, network, table, config.threads),
         references=references.medians_us,
         absent_references=references.absent,
-        trials=trial_rows(study, context.layers, table),
+        trials=trial_rows(study, context.space, table),
         fidelity=fidelity_points(table),
         fidelity_mape=fit.mape,
         fidelity_kendall_tau=fit.kendall_tau,
@@ -173,7 +181,7 @@ def save_front(context: Context, finals: Finals, study: Study) -> None:
             error=trial.quality.error,
             accuracy=trial.quality.accuracy,
             costs=trial.costs,
-            predicted=predicted_cost(context.layers, choices, finals.deployer),
+            predicted=predicted_cost(context.layers, choices, finals.deployer, context.space.coupling),
             choices={name: choice.text for name, choice in choices.items()},
         )
         for trial in non_dominated(study.trials)

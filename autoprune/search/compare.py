@@ -26,6 +26,7 @@ from autoprune.envs.network import side_by_side
 from autoprune.envs.problem import Problem, Quality
 from autoprune.lut.device import check_device
 from autoprune.search.base import SEARCHERS
+from autoprune.search.channels import open_space
 from autoprune.search.closing import package_versions, table_facts
 from autoprune.search.config import FINALISTS, SearchConfig
 from autoprune.search.deploy import Deployer
@@ -33,7 +34,6 @@ from autoprune.search.finals import kept_masks
 from autoprune.search.latency import Subject, open_latency
 from autoprune.search.setup import Scored, Scorer, make_problem, pruned_model, score_choices, worthwhile
 from autoprune.search.study import Study
-from autoprune.search_spaces.space import load_space
 from autoprune.search_spaces.trace import trace
 from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.task import Task, load_task
@@ -166,16 +166,16 @@ class _Arena:
     def __init__(self, config: CompareConfig, task: Task, progress: Progress) -> None:
         self.config, self.task = config, task
         self.layers = trace(task.model, task.example)
-        space = load_space(config.space, self.layers)
+        space, groups = open_space(config.space, task.model, task.example, self.layers)
         self.run = RunDir.open(config.runs_dir, config.name, config.identity, fresh=config.fresh)
         cache = Cache(config.runs_dir)
         search = SearchConfig(
             budget=config.budgets[0], model=config.model, data=config.data, space=config.space, table=config.table,
             batch=config.batch, threads=config.threads, run=config.name, runs_dir=config.runs_dir, fresh=config.fresh,
         )  # fmt: skip
-        subject = Subject(task, self.layers, space, self.run, cache)
+        subject = Subject(task, self.layers, space, self.run, cache, groups)
         self.deployer: Deployer = open_latency(subject, search, progress)
-        scored = worthwhile(score_choices(task, space, cache, progress), self.deployer.table)
+        scored = worthwhile(score_choices(task, space, cache, progress, groups), self.deployer.table)
         self._scores = _SharedScores(scored.evaluator)
         self._scored: Scored = replace(scored, evaluator=self._scores)
         self._tuned: dict[tuple[tuple[str, str], ...], float] = {}
@@ -244,7 +244,8 @@ class _Arena:
     def _tuned_model(self, pruned: tuple[nn.Module, dict[str, Choice]]) -> nn.Module:
         model, choices = pruned
         # One seed for all: agents are compared, not orders of training images.
-        finetune(model, self._teacher, kept_masks(model, choices), self.task.data, FinetuneRecipe(), seed=0)
+        masks = kept_masks(model, choices) | self._scored.database.parameter_masks(model, choices)
+        finetune(model, self._teacher, masks, self.task.data, FinetuneRecipe(), seed=0)
         return model
 
     def _accuracy(self, model: nn.Module) -> float:

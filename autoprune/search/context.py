@@ -14,6 +14,7 @@ from autoprune.core.progress import Progress
 from autoprune.core.rundir import Cache, RunDir
 from autoprune.search.config import SearchConfig
 from autoprune.search_spaces.space import SearchSpace
+from autoprune.sparsity.channels import ChannelGroups
 from autoprune.tasks.task import Task
 
 
@@ -46,6 +47,7 @@ class Context:
     space: SearchSpace
     progress: Progress
     clock: Clock
+    groups: ChannelGroups = field(default_factory=ChannelGroups)
 
     @property
     def budget(self) -> Budget:

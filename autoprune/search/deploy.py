@@ -16,6 +16,7 @@ from autoprune.kernels.convert import DeployedModel, convert
 from autoprune.kernels.dense import dense_references, runners
 from autoprune.lut.measure import interleaved_us
 from autoprune.lut.table import LatencyTable
+from autoprune.sparsity.channels import ChannelGroups
 
 REFERENCE_SECONDS = 4.0
 SECONDS_A_NETWORK = 0.7
@@ -75,12 +76,14 @@ class Deployer:
         table: Decides which kernel runs a layer.
         references: What it is compared with.
         threads: Of the deployed network.
+        groups: Channel groups of the model, where channels are searched.
     """
 
     example: Tensor
     table: LatencyTable
     references: References
     threads: int
+    groups: ChannelGroups | None = None
 
     @property
     def measures(self) -> bool:
@@ -89,7 +92,7 @@ class Deployer:
 
     def deploy(self, model: nn.Module, choices: Mapping[str, Choice]) -> DeployedModel:
         """Return the deployed form of a model already pruned by ``choices``."""
-        return convert(model, choices, self.example, self.table, self.threads)
+        return convert(model, choices, self.example, self.table, self.threads, groups=self.groups)
 
     def compare_us(self, networks: Mapping[str, DeployedModel]) -> tuple[dict[str, float], float]:
         """Time networks and the fastest dense execution in one interleaved run.

@@ -20,10 +20,7 @@ class Reduced:
     """One layer's undominated choices by rising cost and falling error; costs counted from the cheapest."""
 
     def __init__(self, error_C: FloatArray, cost_C: FloatArray) -> None:
-        finite = np.isfinite(error_C)
-        # Large, but small enough that sums with it still tell the other layers' errors apart.
-        worst = 1e6 * (1.0 + (error_C[finite].max() if finite.any() else 0.0))
-        error_C = np.where(finite, error_C, worst)
+        error_C = finite_errors(error_C)
         order = np.lexsort((np.arange(len(error_C)), error_C, cost_C))
         least = np.minimum.accumulate(error_C[order])
         keep = np.append(True, error_C[order][1:] < least[:-1])
@@ -31,6 +28,14 @@ class Reduced:
         self.error = error_C[self.index]
         self.floor = float(cost_C[self.index[0]])
         self.cost = cost_C[self.index] - self.floor
+
+
+def finite_errors(error_C: FloatArray) -> FloatArray:
+    """Return errors, (C,), with infinite ones replaced by one worse than all others."""
+    finite = np.isfinite(error_C)
+    # Large, but small enough that sums with it still tell the other layers' errors apart.
+    worst = 1e6 * (1.0 + (error_C[finite].max() if finite.any() else 0.0))
+    return np.where(finite, error_C, worst)
 
 
 def reduced(errors: npt.ArrayLike, costs: npt.ArrayLike) -> Reduced:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.core.choices import Choice, Dense
+from autoprune.core.coupling import Coupling
 from autoprune.core.errors import AutopruneError, TableMismatch
 from autoprune.core.layers import LayerSpec
 from autoprune.kernels.deployed import DeployedModel
@@ -22,6 +23,7 @@ from autoprune.lut.embedded import embedded
 from autoprune.lut.table import Context, LatencyTable
 from autoprune.search.deploy import Deployer, References
 from autoprune.search.on_gpu import decide
+from autoprune.search_spaces.grouped import split_choices
 
 _SPACES = {"cpu": "cpu-default", "cuda": "gpu-default"}
 
@@ -85,17 +87,22 @@ class Undeployed(DeployedModel):
         return result
 
 
-def predictor(example: Tensor, table: LatencyTable, layers: tuple[LayerSpec, ...]) -> Predictor:
+def predictor(
+    example: Tensor, table: LatencyTable, layers: tuple[LayerSpec, ...], coupling: Coupling | None = None
+) -> Predictor:
     """Return what stands in for a deployer whose device is elsewhere.
 
     Args:
         example: A batch (N, C, H, W) float32.
         table: Calibrated.
         layers: All layers of the network.
+        coupling: Their channel groups, where channels are searched.
     """
     medians = dense_references(table)
     best = min(medians, key=lambda name: medians[name])
-    return Predictor(example, table, References(medians, {}, best, lambda: None), table.context.threads, layers)
+    references = References(medians, {}, best, lambda: None)
+    own = Coupling() if coupling is None else coupling
+    return Predictor(example, table, references, table.context.threads, layers=layers, coupling=own)
 
 
 @dataclass(frozen=True)
@@ -104,9 +111,11 @@ class Predictor(Deployer):
 
     Attributes:
         layers: All layers of the network.
+        coupling: Their channel groups.
     """
 
     layers: tuple[LayerSpec, ...] = ()
+    coupling: Coupling = field(default_factory=Coupling)
 
     @property
     def measures(self) -> bool:
@@ -115,5 +124,8 @@ class Predictor(Deployer):
 
     def deploy(self, model: nn.Module, choices: Mapping[str, Choice]) -> DeployedModel:
         """Return the network as PyTorch runs it, with the kernels it would run on where the table comes from."""
-        decisions = tuple(decide(self.table, layer, choices.get(layer.name, Dense())) for layer in self.layers)
+        own = split_choices(choices)
+        smaller = self.coupling.resized(self.layers, choices)
+        decisions = tuple(decide(self.table, layer, own.get(layer.name, Dense())) for layer in smaller)
+        decisions = tuple(replace(d, choice=choices.get(d.layer, Dense()).text) for d in decisions)
         return Undeployed(model, decisions, self.example)

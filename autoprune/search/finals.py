@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoprune.core.budget import Budget
-from autoprune.core.choices import Choice, Dense
+from autoprune.core.choices import Channels, Choice, Dense
+from autoprune.core.coupling import Coupling
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Accuracy, Cost, macs_ratio, params_ratio
 from autoprune.core.progress import Progress
@@ -26,6 +27,7 @@ from autoprune.kernels.convert import DeployedModel
 from autoprune.search.config import TOLERANCE
 from autoprune.search.deploy import Deployer
 from autoprune.search.setup import pruned_model
+from autoprune.search_spaces.grouped import split_choices
 from autoprune.tasks.data import Split
 from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.task import Task
@@ -65,23 +67,27 @@ class Candidate:
         return self.name.startswith("finalist")
 
 
-def predicted_cost(layers: tuple[LayerSpec, ...], choices: Mapping[str, Choice], deployer: Deployer) -> Cost:
-    """Return a policy's cost as the table predicts it."""
-    latency = deployer.table.network_us(layers, choices)
+def predicted_cost(
+    layers: tuple[LayerSpec, ...], choices: Mapping[str, Choice], deployer: Deployer, coupling: Coupling
+) -> Cost:
+    """Return a policy's cost as the table predicts it, with every layer in the shape that its channels leave it."""
+    latency = deployer.table.network_us(coupling.resized(layers, choices), split_choices(choices))
     dense = deployer.references.best_us
     return Cost(
         latency_us=latency,
         dense_latency_us=dense,
         latency_ratio=latency / dense,
-        macs_ratio=macs_ratio(layers, choices),
-        params_ratio=params_ratio(layers, choices),
+        macs_ratio=macs_ratio(layers, choices, coupling),
+        params_ratio=params_ratio(layers, choices, coupling),
     )
 
 
 def kept_masks(model: nn.Module, choices: Mapping[str, Choice]) -> dict[str, Tensor]:
-    """Return layer → bool mask of the weights that are not zero, of every layer that a policy prunes."""
+    """Return layer → bool mask of the weights that are not zero, of every layer that a policy makes sparse."""
     return {
-        name: layer_of(model, name).weight != 0 for name, choice in choices.items() if not isinstance(choice, Dense)
+        name: layer_of(model, name).weight != 0
+        for name, choice in choices.items()
+        if not isinstance(choice, Dense | Channels)
     }
 
 
@@ -197,7 +203,7 @@ class Finals:
             load_weights(model, path)
             self._progress.advance(self.steps)
             return
-        masks = kept_masks(model, candidate.choices)
+        masks = kept_masks(model, candidate.choices) | self.database.parameter_masks(model, candidate.choices)
         finetune(model, self._teacher, masks, self.task.data, self.recipe, seed=self._seed, on_step=step)
         save_weights(model, path)
 

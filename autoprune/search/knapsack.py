@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from autoprune.core.errors import InfeasibleBudget
+from autoprune.envs.coupled import CoupledProblem
 from autoprune.envs.problem import Assignment, FloatArray, IntArray, Problem
 from autoprune.search.base import Account, Searcher
+from autoprune.search.coupled import solve_coupled
 from autoprune.search.dp_tables import BucketTable, ExactTable, Reduced, bucket_table, exact_table, reduced
 from autoprune.search.moves import Moves
 from autoprune.search.settings import check_setting
@@ -140,6 +142,8 @@ def solve_problem(
     """
     errors = list(problem.errors_LC if error_LC is None else error_LC)
     moves = moves or Moves(problem, errors)
+    if isinstance(problem, CoupledProblem):
+        return _coupled(problem, errors, buckets, moves)
     if len(problem.constraints) == 1:
         costs = [costs_CD[:, 0] for costs_CD in problem.costs_LCD]
         # The problem grants a limit that equals the least cost up to rounding; so must the solver.
@@ -147,6 +151,26 @@ def solve_problem(
         picks = solve(errors, costs, budget, buckets)
         return moves.fill(moves.repair(tuple(int(pick) for pick in picks)))
     return _surrogate(problem, errors, buckets, moves)
+
+
+def _coupled(problem: CoupledProblem, errors: list[FloatArray], buckets: int, moves: Moves) -> Assignment:
+    """Return the coupled solver's assignment; several constraints are one weighted sum, as in ``_surrogate``."""
+    scale_D = np.maximum(problem.limits_D, 1e-12)
+    weight_D = np.full(len(scale_D), 1.0 / len(scale_D))
+    best: Assignment | None = None
+    best_error = np.inf
+    for step in range(1 if len(scale_D) == 1 else 8):
+        budget = float(weight_D @ (problem.limits_D / scale_D))
+        picks = solve_coupled(problem, errors, weight_D / scale_D, budget, buckets)
+        candidate = moves.fill(moves.repair(tuple(picks.tolist())))
+        error = float(sum(errors[layer][pick] for layer, pick in enumerate(candidate)))
+        if best is None or error < best_error:
+            best, best_error = candidate, error
+        used_D = problem.costs_of(picks[None])[0] / scale_D
+        weight_D = weight_D * np.exp(np.clip(used_D - used_D.mean(), -2.0, 2.0) / (1.0 + 0.25 * step))
+        weight_D /= weight_D.sum()
+    assert best is not None
+    return best
 
 
 def _surrogate(problem: Problem, errors: list[FloatArray], buckets: int, moves: Moves, rounds: int = 12) -> Assignment:
@@ -204,7 +228,7 @@ class KnapsackSearcher(Searcher):
     def propose_front(self, account: Account, seed: int) -> bool:
         """Evaluate the solver's own front, as many of its policies as are granted, evenly in cost; of one cost only."""
         problem = account.problem
-        if len(problem.constraints) > 1:
+        if len(problem.constraints) > 1 or not problem.separable:
             return False
         costs = [costs_CD[:, 0] for costs_CD in problem.costs_LCD]
         budget = max(float(problem.limits_D[0]), float(problem.cheapest().sum()))

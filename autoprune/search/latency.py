@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,8 +17,9 @@ from autoprune.core.choices import Choice
 from autoprune.core.layers import LayerSpec
 from autoprune.core.progress import Progress
 from autoprune.core.rundir import Cache, RunDir, write_text
-from autoprune.lut.build import build_table
-from autoprune.lut.calibrate import calibrate
+from autoprune.lut.build import Bench, CpuBench, build_table, images_at_once
+from autoprune.lut.calibrate import Coupled, calibrate
+from autoprune.lut.cpu_rows import Setting
 from autoprune.lut.deploy import deployer
 from autoprune.lut.embedded import find_table
 from autoprune.lut.gpu_rows import cuda_bench
@@ -30,7 +30,9 @@ from autoprune.search.deploy import Deployer, References, measure_references, re
 from autoprune.search.elsewhere import is_elsewhere, predictor
 from autoprune.search.on_gpu import device_deployer
 from autoprune.search.tables import Network, Request, finish_table
+from autoprune.search_spaces.grouped import table_rows
 from autoprune.search_spaces.space import SearchSpace
+from autoprune.sparsity.channels import ChannelGroups
 from autoprune.tasks.task import Task
 
 CALIBRATION_NETWORKS = 30
@@ -45,6 +47,7 @@ class Subject:
     space: SearchSpace
     run: RunDir
     cache: Cache
+    groups: ChannelGroups = field(default_factory=ChannelGroups)
 
 
 def open_latency(subject: Subject, config: SearchConfig, progress: Progress) -> Deployer:
@@ -56,7 +59,7 @@ def open_latency(subject: Subject, config: SearchConfig, progress: Progress) -> 
     """
     context = current_context(config.batch, config.threads, config.device)
     example = _example(subject.task, config.batch)
-    options = {layer: subject.space.choices[layer.name] for layer in subject.layers}
+    options = table_rows(subject.space)
     given = _given(subject, config)
     if given is not None:
         elsewhere = is_elsewhere(given, context)
@@ -69,7 +72,7 @@ def open_latency(subject: Subject, config: SearchConfig, progress: Progress) -> 
     progress.stage("dense references", None)
     references = _references(subject, config, example, key, progress)
     own = LatencyTable.load(subject.run.table, context) if subject.run.table.exists() else None
-    table = own or given or _build(subject.cache.table(key), context, options, config.fresh, progress)
+    table = own or given or _build(subject, context, options, config.fresh, progress)
     table.require(options)
     if table.calibration is None:
         table = _calibrated(table, subject, config, example, progress)
@@ -77,7 +80,7 @@ def open_latency(subject: Subject, config: SearchConfig, progress: Progress) -> 
             table.save(subject.cache.table(key))
     if table is not own:
         table.save(subject.run.table)
-    return Deployer(example, table, references, config.threads)
+    return Deployer(example, table, references, config.threads, subject.groups)
 
 
 def _on_gpu(
@@ -87,8 +90,8 @@ def _on_gpu(
     example = _example(subject.task, config.batch)
     kept = subject.cache.table(_key(context, subject))
     own = LatencyTable.load(subject.run.table, context) if subject.run.table.exists() else None
-    options = {layer: subject.space.choices[layer.name] for layer in subject.layers}
-    table = own or given or _build(kept, context, options, config.fresh, progress)
+    options = table_rows(subject.space)
+    table = own or given or _build(subject, context, options, config.fresh, progress)
     table.require(options)
     if table.calibration is None:
         progress.stage("calibration", None)
@@ -116,7 +119,7 @@ def _predicted(table: LatencyTable, subject: Subject, example: Tensor, progress:
         "deployed to verify them"
     )
     table.save(subject.run.table)
-    return predictor(example, table, subject.layers)
+    return predictor(example, table, subject.layers, subject.space.coupling)
 
 
 def _example(task: Task, batch: int) -> Tensor:
@@ -143,8 +146,9 @@ def _references(
 
 
 def _build(
-    kept: Path, context: Context, options: dict[LayerSpec, tuple[Choice, ...]], fresh: bool, progress: Progress
+    subject: Subject, context: Context, options: dict[LayerSpec, tuple[Choice, ...]], fresh: bool, progress: Progress
 ) -> LatencyTable:
+    kept = subject.cache.table(_key(context, subject))
     table = LatencyTable.load(kept, context) if kept.exists() and not fresh else LatencyTable(context)
     pairs = {(layer.signature, choice.text) for layer, choices in options.items() for choice in choices}
     if pairs <= {*table.rows, *table.unmeasured}:
@@ -157,7 +161,8 @@ def _build(
         progress.advance(done - counted)
         counted = done
 
-    bench = cuda_bench(context) if context.device == "cuda" else None
+    images = images_at_once(subject.layers, context.batch, context.threads)
+    bench: Bench = cuda_bench(context) if context.device == "cuda" else CpuBench(Setting(context, images))
     return build_table(
         options, context, rows=table.rows, progress=told, checkpoint=lambda part: part.save(kept), bench=bench
     )
@@ -167,15 +172,16 @@ def _calibrated(
     table: LatencyTable, subject: Subject, config: SearchConfig, example: Tensor, progress: Progress
 ) -> LatencyTable:
     progress.stage("calibration", CALIBRATION_NETWORKS)
-    deploy = deployer(subject.task.model, example, config.threads)
+    deploy = deployer(subject.task.model, example, config.threads, subject.groups)
 
     def counted(choices: dict[str, Choice]) -> object:
         progress.advance()
         return deploy(choices)
 
     searched = {layer.name: subject.space.choices[layer.name] for layer in subject.space.searched}
+    network = Coupled(subject.layers, subject.space.coupling)
     return calibrate(
-        table, subject.layers, counted, searched, config.seed, CALIBRATION_NETWORKS  # type: ignore[arg-type]
+        table, network, counted, searched, config.seed, CALIBRATION_NETWORKS  # type: ignore[arg-type]
     )
 
 

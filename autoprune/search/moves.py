@@ -94,7 +94,11 @@ class Moves:
             block[row, first[:, 0]] = first[:, 1]
             block[row, second[:, 0]] = second[:, 1]
             found.append(block)
-        return np.concatenate(found)
+        moved = np.concatenate(found)
+        if self.problem.separable:
+            return moved
+        # Two layers that meet in a third change its cost together.
+        return np.asarray(moved[(self.problem.costs_of(moved) <= limits_D).all(axis=1)])
 
     def _single_moves(self, assignment: IntArray, reach: int) -> tuple[IntArray, IntArray]:
         """Return moves (layer, choice) to dearer and to cheaper rungs, (N, 2) each."""
@@ -110,14 +114,12 @@ class Moves:
         return np.array(ups, dtype=np.int64).reshape(-1, 2), np.array(downs, dtype=np.int64).reshape(-1, 2)
 
     def _changes(self, assignment: IntArray, moves: IntArray) -> FloatArray:
-        layer, choice = moves[:, 0], moves[:, 1]
-        return np.asarray(self._cost_LCD[layer, choice] - self._cost_LCD[layer, assignment[layer]])
+        totals_LCD = self.problem.after_moves(assignment)
+        return np.asarray(totals_LCD[moves[:, 0], moves[:, 1]] - self.problem.costs(assignment.tolist()))
 
     def _after_moves(self, current: IntArray) -> tuple[FloatArray, FloatArray]:
         """Return total costs (L, C, D) and change of error (L, C) after each single-layer move."""
-        used_D = self.problem.costs(current.tolist())
-        here_LD = self._cost_LCD[self._rows, current]
-        totals_LCD = used_D + (self._cost_LCD - here_LD[:, None, :])
+        totals_LCD = self.problem.after_moves(current)
         error_LC = self._error_LC - self._error_LC[self._rows, current][:, None]
         return totals_LCD, error_LC
 

@@ -111,7 +111,7 @@ def device_deployer(
     medians = network_us(forms, backend)
     best = min(medians, key=lambda name: medians[name])
     references = References(medians, {}, best, functools.partial(_quietly, forms[best]))
-    return DeviceDeployer(example, table, references, table.context.threads, layers, backend)
+    return DeviceDeployer(example, table, references, table.context.threads, layers=layers, backend=backend)
 
 
 def _quietly(run: Callable[[], object]) -> object:

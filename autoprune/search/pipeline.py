@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from autoprune.core.choices import Choice
-from autoprune.core.policy import Accuracy
+from autoprune.core.policy import Accuracy, Cost
 from autoprune.core.progress import Progress, Silent
 from autoprune.core.result import Result
 from autoprune.core.rundir import Cache, RunDir
@@ -17,6 +17,7 @@ from autoprune.envs.problem import Problem
 from autoprune.lut.device import check_device
 from autoprune.search.aim import AimFiles, Guard, closer, find_margin, latency_over_budget, off_target
 from autoprune.search.base import SEARCHERS
+from autoprune.search.channels import open_space
 from autoprune.search.closing import make_policy, make_result, save_front
 from autoprune.search.config import (
     BASELINE_EVALUATIONS,
@@ -36,7 +37,6 @@ from autoprune.search.sensitivity import sensitivity_of
 from autoprune.search.setup import Scored, check_reachable, make_problem, measured_space, score_choices, worthwhile
 from autoprune.search.study import Study
 from autoprune.search.workshop import Workshop
-from autoprune.search_spaces.space import load_space
 from autoprune.search_spaces.trace import trace
 from autoprune.tasks.task import Task, load_task
 
@@ -91,12 +91,12 @@ def _check(config: SearchConfig) -> None:
 
 def _search(config: SearchConfig, task: Task, progress: Progress) -> Result:
     layers = trace(task.model, task.example)
-    space = load_space(config.space, layers)
+    space, groups = open_space(config.space, task.model, task.example, layers, config.device)
     run = RunDir.open(config.runs_dir, config.name, config.resolved(), fresh=config.fresh)
     if run.result.exists():
         progress.note(f"{run.path} is finished; showing its result (--fresh starts over)")
         return Result.load(run.result)
-    context = Context(config, config.goal, run, Cache(config.runs_dir), task, layers, space, progress, Clock())
+    context = Context(config, config.goal, run, Cache(config.runs_dir), task, layers, space, progress, Clock(), groups)
     threads = torch.get_num_threads()
     try:
         result = _stages(context)
@@ -109,12 +109,12 @@ def _search(config: SearchConfig, task: Task, progress: Progress) -> Result:
 def _stages(context: Context) -> Result:
     config, clock = context.config, context.clock
     with clock.stage("table"):
-        subject = Subject(context.task, context.layers, context.space, context.run, context.cache)
+        subject = Subject(context.task, context.layers, context.space, context.run, context.cache, context.groups)
         deployer = open_latency(subject, config, context.progress)
     space, budget = measured_space(context.space, deployer.table), searched_budget(context.goal)
     check_reachable(context.layers, space, deployer.table, budget, deployer.references.best_us)
     with clock.stage("layer database"):
-        scored = score_choices(context.task, space, context.cache, context.progress)
+        scored = score_choices(context.task, space, context.cache, context.progress, context.groups)
         scored = worthwhile(scored, deployer.table)
     guard = Guard(context.run.guard)
     for attempt in range(ATTEMPTS):
@@ -167,7 +167,7 @@ def _choose(
             workshop = Workshop(context.task, scored.database, context.run, seed)
             finalists, kept = _propose(context, study, workshop, extra)
         candidates = [
-            Candidate(name, proposer, choices, predicted_cost(context.layers, choices, deployer))
+            Candidate(name, proposer, choices, _predicted(context, choices, deployer))
             for name, proposer, choices in finalists
         ]
         with context.clock.stage("verification"):
@@ -185,6 +185,10 @@ def _choose(
         aim.save(margin)
         context.progress.note(f"measured {ratio:.1%} of the budget: correcting the aim, searching on")
     raise AssertionError("the last attempt returns")
+
+
+def _predicted(context: Context, choices: dict[str, Choice], deployer: Deployer) -> Cost:
+    return predicted_cost(context.layers, choices, deployer, context.space.coupling)
 
 
 def _problem(context: Context, scored: Scored, deployer: Deployer, margin: float) -> Problem:
@@ -211,7 +215,7 @@ def _margin(context: Context, scored: Scored, finals: Finals, aim: AimFiles) -> 
     def probe(margin: float) -> float:
         problem = _problem(context, scored, finals.deployer, margin)
         choices = problem.named(solve_problem(problem))
-        candidate = Candidate("aim", "knapsack", choices, predicted_cost(context.layers, choices, finals.deployer))
+        candidate = Candidate("aim", "knapsack", choices, _predicted(context, choices, finals.deployer))
         timed = finals.time([candidate], {"aim": finals.pruned(candidate)})[0]
         assert timed.measured is not None
         return latency_over_budget(context.budget, timed.measured)
@@ -268,7 +272,7 @@ def _tune(
     """Return the dense network's row and every candidate's after its fine-tune, and their networks by name."""
     context.progress.stage("fine-tune", len(candidates) * finals.steps)
     tuned, models = finals.tune(candidates)
-    dense = Candidate("dense", "dense", {}, predicted_cost(context.layers, {}, finals.deployer))
+    dense = Candidate("dense", "dense", {}, _predicted(context, {}, finals.deployer))
     score = finals.score(context.task.model, dense, context.task.data.validation)
     dense = replace(dense, accuracy=Accuracy(dense=score, pruned=score, tuned=score))
     return [dense, *tuned], {**models, "dense": context.task.model}

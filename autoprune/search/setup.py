@@ -6,26 +6,30 @@ import copy
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 from torch import nn
 
 from autoprune.core.budget import Budget, Limit
-from autoprune.core.choices import Choice, Dense
-from autoprune.core.errors import InfeasibleBudget
+from autoprune.core.choices import Channels, Choice, Dense
+from autoprune.core.coupling import Coupling
+from autoprune.core.errors import BudgetError, InfeasibleBudget
 from autoprune.core.layers import LayerSpec
 from autoprune.core.progress import Progress
 from autoprune.core.rundir import Cache
-from autoprune.envs.database import LayerDatabase, build_database
+from autoprune.envs.coupled import CoupledProblem
+from autoprune.envs.database import Channelled, LayerDatabase, build_database
 from autoprune.envs.evaluator import Evaluator
 from autoprune.envs.network import StitchedNetwork
 from autoprune.envs.problem import Constraint, Problem, Quality
 from autoprune.envs.store import DatabaseStore
 from autoprune.lut.table import LatencyTable
+from autoprune.search.channels import CostOf, make_factors, touched_layers
 from autoprune.search.memory import Memory, memory_constraint
 from autoprune.search_spaces.space import SearchSpace
+from autoprune.sparsity.channels import ChannelGroups, mask_channels
 from autoprune.tasks.precision import compute_device
 from autoprune.tasks.task import Task
 
@@ -53,16 +57,28 @@ class Scored:
         database: Compensated weights of all of them.
         evaluator: Scores policies.
         errors: Per layer an array: the network's error with only that layer changed.
+        coupling: Channel groups; empty where no channels are searched.
     """
 
     options: dict[LayerSpec, tuple[Choice, ...]]
     database: LayerDatabase
     evaluator: Scorer
     errors: tuple[np.ndarray, ...]
+    coupling: Coupling = field(default_factory=Coupling)
 
 
-def score_choices(task: Task, space: SearchSpace, cache: Cache, progress: Progress) -> Scored:
-    """Return the database and single-layer errors of a space, from the cache where an earlier run made them."""
+def score_choices(
+    task: Task, space: SearchSpace, cache: Cache, progress: Progress, groups: ChannelGroups | None = None
+) -> Scored:
+    """Return the database and single-layer errors of a space, from the cache where an earlier run made them.
+
+    Args:
+        task: Network and data.
+        space: What is searched.
+        cache: Of the folder of runs.
+        progress: Told of the stage.
+        groups: Channel groups of the network, where channels are searched.
+    """
     data, device = task.data, compute_device()
     options = {layer: space.choices[layer.name] for layer in space.searched}
     # The task's own model stays where it is: latency is measured on another device than this one.
@@ -70,19 +86,29 @@ def score_choices(task: Task, space: SearchSpace, cache: Cache, progress: Progre
     key = _key(task, device.type)
     progress.stage("layer database", 2 * len(options))
     images = data.normalize(data.train.images[:MOMENT_IMAGES])
-    database = build_database(model, options, images, progress.advance, DatabaseStore(cache.database(key)))
+    store = DatabaseStore(cache.database(key))
+    channels = None if groups is None or not groups.leaders else Channelled(groups, space.layers)
+    database = build_database(model, options, images, progress.advance, store, channels)
     network = StitchedNetwork(model, data.normalize(data.train.images[:CALIBRATION_IMAGES]))
     scored = data.validation.take(EVALUATION_IMAGES)
     evaluator = Evaluator(network, database, data.normalize(scored.images), scored.labels)
     errors = _single_errors(evaluator, options, _errors_key(key, task, options), cache, progress)
-    return Scored(options, database, evaluator, errors)
+    return Scored(options, database, evaluator, errors, space.coupling)
 
 
 def measured_space(space: SearchSpace, table: LatencyTable) -> SearchSpace:
     """Return the space without the choices that a table left unmeasured on purpose."""
     if not table.unmeasured:
         return space
-    choices = {layer.name: table.measured(layer, space.choices[layer.name]) for layer in space.layers}
+    choices = {
+        layer.name: tuple(
+            choice
+            for choice in space.choices[layer.name]
+            # Widths have rows of their own, whose absence is an error.
+            if isinstance(choice, Channels) or table.measured(layer, [choice])
+        )
+        for layer in space.layers
+    }
     return replace(space, choices=choices)
 
 
@@ -114,13 +140,13 @@ def worthwhile(scored: Scored, table: LatencyTable) -> Scored:
 
 
 def _faster(layer: LayerSpec, choices: Sequence[Choice], table: LatencyTable) -> list[int]:
-    """Return the indices of dense and of the choices that were measured faster."""
+    """Return the indices of dense, of the choices that were measured faster, and of channels, whose cost is coupled."""
     dense_us = table.layer_us(layer, Dense())
     measured = set(table.measured(layer, choices))
     return [
         index
         for index, choice in enumerate(choices)
-        if isinstance(choice, Dense) or (choice in measured and table.layer_us(layer, choice) < dense_us)
+        if isinstance(choice, Dense | Channels) or (choice in measured and table.layer_us(layer, choice) < dense_us)
     ]
 
 
@@ -146,7 +172,7 @@ def check_reachable(
         for layer in space.searched
     }
     errors = tuple(np.zeros(len(choices)) for choices in options.values())
-    unscored = Scored(options, LayerDatabase({}, {}), _Unscored(), errors)
+    unscored = Scored(options, LayerDatabase({}, {}), _Unscored(), errors, space.coupling)
     make_problem(layers, unscored, table, Budget(limits), dense_us)
 
 
@@ -182,14 +208,21 @@ def make_problem(
     """
     names = [layer.name for layer in scored.options]
     budget = Budget(tuple(_scaled(limit, margin) for limit in budget.limits))
+    coupling = scored.coupling
+    touched = touched_layers(layers, scored.options, coupling)
     constraints: list[Constraint] = []
     describe: dict[str, Callable[[float], str]] = {}
     for limit in budget.limits:
         if limit.kind == "memory":
             assert memory is not None
+            if touched:
+                raise BudgetError(
+                    f"--budget '{limit.text}': memory is not a budget for channels, whose maps shrink by the policy; "
+                    "give size=, params= or latency=."
+                )
             constraint, fixed = memory_constraint(limit, layers, scored.options, table, memory)
         else:
-            constraint, fixed = _constraint(limit, layers, scored.options, table, dense_us)
+            constraint, fixed = _constraint(limit, (layers, frozenset(touched)), scored.options, table, dense_us)
         constraints.append(constraint)
         describe[limit.kind] = _words(limit, fixed)
         if constraint.limit < 0.0:
@@ -200,42 +233,62 @@ def make_problem(
 
     def evaluate(assignment: tuple[int, ...]) -> Quality:
         chosen = zip(names, scored.options.values(), assignment, strict=True)
-        return scored.evaluator.quality({name: choices[index] for name, choices, index in chosen})
+        return scored.evaluator.quality(coupling.expanded({name: choices[index] for name, choices, index in chosen}))
 
-    return Problem(
-        list(scored.options),
-        {layer.name: choices for layer, choices in scored.options.items()},
+    def words(kind: str, cost: float) -> str:
+        return describe[kind](cost)
+
+    specs, choices_of = list(scored.options), {layer.name: choices for layer, choices in scored.options.items()}
+    if not touched:
+        return Problem(specs, choices_of, constraints, scored.errors, evaluate, words)
+    costs = [_cost_of(limit.kind, table) for limit in budget.limits]
+    return CoupledProblem(
+        specs,
+        choices_of,
         constraints,
+        make_factors(layers, scored.options, coupling, costs),
         scored.errors,
         evaluate,
-        lambda kind, cost: describe[kind](cost),
+        words,
+        followers={name: group.writers[1:] for name, group in coupling.groups.items() if name in choices_of},
     )
 
 
-def _constraint(
-    limit: Limit,
-    layers: tuple[LayerSpec, ...],
-    options: Mapping[LayerSpec, tuple[Choice, ...]],
-    table: LatencyTable,
-    dense_us: float,
-) -> tuple[Constraint, float]:
-    """Return the constraint over the searched layers, and the cost of everything else."""
-    fit = table.calibration
-    slope, intercept = (fit.slope, fit.intercept_us) if fit else (1.0, 0.0)
-    cost_of: dict[str, Callable[[LayerSpec, Choice], float]] = {
+def _cost_of(kind: str, table: LatencyTable) -> CostOf:
+    """Return what a layer costs under a choice, all its calls together."""
+    slope = table.calibration.slope if table.calibration else 1.0
+    cost_of: dict[str, CostOf] = {
         "latency": lambda layer, choice: slope * layer.calls * table.layer_us(layer, choice),
         "macs": lambda layer, choice: layer.macs * choice.density(layer),
         "params": lambda layer, choice: layer.weights * choice.density(layer),
         "size": lambda layer, choice: float(table.row(layer, choice).weight_bytes),
     }
-    cost = cost_of[limit.kind]
-    fixed = sum(cost(layer, Dense()) for layer in layers if layer not in options)
+    return cost_of[kind]
+
+
+def _constraint(
+    limit: Limit,
+    network: tuple[tuple[LayerSpec, ...], frozenset[LayerSpec]],
+    options: Mapping[LayerSpec, tuple[Choice, ...]],
+    table: LatencyTable,
+    dense_us: float,
+) -> tuple[Constraint, float]:
+    """Return the constraint over the searched layers, and the cost of everything else.
+
+    ``network``: all layers, and those whose cost depends on searched channels, which count in neither.
+    """
+    layers, touched = network
+    cost = _cost_of(limit.kind, table)
+    fixed = sum(cost(layer, Dense()) for layer in layers if layer not in options and layer not in touched)
     if limit.kind == "latency":
-        fixed += intercept
+        fixed += table.calibration.intercept_us if table.calibration else 0.0
         dense = dense_us
     else:
         dense = sum(cost(layer, Dense()) for layer in layers)
-    costs = tuple(np.array([cost(layer, choice) for choice in choices]) for layer, choices in options.items())
+    costs = tuple(
+        np.zeros(len(choices)) if layer in touched else np.array([cost(layer, choice) for choice in choices])
+        for layer, choices in options.items()
+    )
     return Constraint(limit.kind, costs, limit.absolute(dense) - fixed), fixed
 
 
@@ -274,4 +327,6 @@ def pruned_model(task: Task, database: LayerDatabase, choices: Mapping[str, Choi
     network = StitchedNetwork(task.model, data.normalize(data.train.images[:CALIBRATION_IMAGES]))
     network.load(database.policy_weights(choices))
     network.recalibrate()
+    if database.channels is not None:
+        mask_channels(network.model, database.channels.groups, database.channels.kept(choices))
     return network.model.eval().requires_grad_(True)

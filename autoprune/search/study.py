@@ -142,7 +142,12 @@ class Study:
             del attributes["error"]  # JSON has no infinity; the trial's value has it
         self._study.add_trial(
             optuna.create_trial(
-                params={name: choice.text for name, choice in self.problem.named(assignment).items()},
+                params={
+                    layer.name: choices[index].text
+                    for layer, choices, index in zip(
+                        self.problem.layers, self.problem.choices, assignment, strict=True
+                    )
+                },
                 distributions=self._distributions,
                 value=quality.error,
                 user_attrs={**attributes, "costs": trial.costs, "seconds": quality.seconds},

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from autoprune.core.choices import Choice, Dense
+from autoprune.core.coupling import Coupling
 from autoprune.core.errors import MeasurementError, ModelError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import model_fingerprint
@@ -23,14 +24,18 @@ from autoprune.kernels.dense import dense_references, runners
 from autoprune.lut import build, calibrate
 from autoprune.lut.build import Bench, Pace, images_at_once
 from autoprune.lut.context import Context
+from autoprune.lut.cpu_rows import Setting
 from autoprune.lut.deploy import Deploy, deployer
 from autoprune.lut.embedded import place_name
 from autoprune.lut.measure import interleaved_us
 from autoprune.lut.memory import map_bytes
 from autoprune.lut.row import Row, Whole
 from autoprune.lut.table import Key, LatencyTable, current_context
-from autoprune.search_spaces.space import load_space
+from autoprune.search.channels import open_space
+from autoprune.search_spaces.grouped import table_rows
+from autoprune.search_spaces.space import SearchSpace
 from autoprune.search_spaces.trace import trace
+from autoprune.sparsity.channels import ChannelGroups
 from autoprune.tasks.networks import untrained
 
 NETWORKS = 30
@@ -81,6 +86,8 @@ class _Subject:
     model: nn.Module
     example: Tensor
     layers: tuple[LayerSpec, ...]
+    space: SearchSpace
+    groups: ChannelGroups
     wanted: dict[LayerSpec, tuple[Choice, ...]]
     rows: dict[Key, Row] = field(default_factory=dict)
 
@@ -88,7 +95,7 @@ class _Subject:
     def pool(self) -> tuple[int, int]:
         """Networks of one pool share rows: on a CPU as many images must pass a layer together."""
         batch = self.context.batch
-        return batch, 0 if self.context.device == "cuda" else images_at_once(self.wanted, batch, self.context.threads)
+        return batch, 0 if self.context.device == "cuda" else images_at_once(self.layers, batch, self.context.threads)
 
     @property
     def keys(self) -> set[Key]:
@@ -176,18 +183,20 @@ def _open(job: Job, request: Request) -> _Subject:
     context = current_context(job.batch, request.threads, request.device)
     model, example = untrained(job.model, request.data, request.seed, request.data_dir)
     layers = trace(model, example)
-    choices = load_space(request.space, layers).choices
-    wanted = {layer: tuple(choices[layer.name]) for layer in layers}
+    space, groups = open_space(request.space, model, example, layers, request.device)
+    wanted = table_rows(space)
     rows = dict(LatencyTable.load(job.path, context).rows) if job.path.exists() else {}
     example = example.repeat(job.batch, 1, 1, 1)
-    return _Subject(job, context, model, example, layers, wanted, rows)
+    return _Subject(job, context, model, example, layers, space, groups, wanted, rows)
 
 
 def _one(
     subject: _Subject, request: Request, pace: Pace, stage: Stage, note: Callable[[str], None]
 ) -> LatencyTable:
     job = subject.job
-    bench: Bench | None = None
+    context = subject.context
+    images = images_at_once(subject.layers, context.batch, context.threads)
+    bench: Bench = build.CpuBench(Setting(context, images))
     if subject.context.device == "cuda":
         from autoprune.lut.gpu_rows import cuda_bench
 
@@ -203,8 +212,10 @@ def _one(
     )
     if table.calibration is None:
         note(f"calibration of {job.model} at batch {job.batch}: {request.networks} networks")
-        network = Network(job.model, subject.model, subject.example, subject.layers)
-        searched = {layer.name: choices for layer, choices in subject.wanted.items() if len(choices) > 1}
+        network = Network(
+            job.model, subject.model, subject.example, subject.layers, subject.space.coupling, subject.groups
+        )
+        searched = {layer.name: subject.space.choices[layer.name] for layer in subject.space.searched}
         table = finish_table(table, network, searched, request)
     table.save(job.path)
     return table
@@ -218,6 +229,8 @@ class Network:
     model: nn.Module
     example: Tensor
     layers: tuple[LayerSpec, ...]
+    coupling: Coupling = field(default_factory=Coupling)
+    groups: ChannelGroups | None = None
 
 
 def finish_table(
@@ -237,7 +250,7 @@ def finish_table(
         dense_us = cuda_network_us(dense_forms(network.model, plan, table, network.example))
         timer = cuda_network_us
     else:
-        deploy = deployer(network.model, network.example, context.threads)
+        deploy = deployer(network.model, network.example, context.threads, network.groups)
         dense_us = _host_dense_us(network, context.threads)
     try:
         maps: int | None = map_bytes(network.model, network.example, context)
@@ -245,10 +258,17 @@ def finish_table(
         maps = None
     try:
         table = calibrate.calibrate(
-            table, network.layers, deploy, searched, request.seed, request.networks, timer=timer
+            table,
+            calibrate.Coupled(network.layers, network.coupling),
+            deploy,
+            searched,
+            request.seed,
+            request.networks,
+            timer=timer,
         )
     except MeasurementError:
-        if any(_faster(table, layer, searched.get(layer.name, ())) for layer in network.layers):
+        faster = any(_faster(table, layer, searched.get(layer.name, ())) for layer in network.layers)
+        if faster or network.coupling.groups:
             raise
     fingerprint = model_fingerprint(network.layers)
     whole = Whole(model=network.name, fingerprint=fingerprint, dense_us=dense_us, activation_bytes=maps)

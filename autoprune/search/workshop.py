@@ -75,9 +75,10 @@ class Workshop:
 
         def train(model: nn.Module, choices: Mapping[str, Choice], layer: str) -> float:
             weights = self._database.policy_weights(choices)
-            if layer in weights:
-                with torch.no_grad():
-                    layer_of(model, layer).weight.copy_(weights[layer])
+            with torch.no_grad():
+                for name in self._database.changed_by(layer):
+                    if name in weights:
+                        layer_of(model, name).weight.copy_(weights[name])
             recalibrate(model, self._calibration)
             masks = {name: weight != 0 for name, weight in weights.items()}
             model.requires_grad_(True)

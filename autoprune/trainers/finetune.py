@@ -74,12 +74,12 @@ def finetune(
     seed: int,
     on_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fine-tune ``model`` in place; weights outside ``masks`` (layer name → bool mask) stay exactly zero.
+    """Fine-tune ``model`` in place; what lies outside ``masks`` stays exactly zero.
 
     Args:
         model: Pruned network; left in eval mode.
         teacher: The dense network's; shared only by fine-tunes of one recipe and seed on the same data.
-        masks: Of the pruned layers.
+        masks: Name of a layer (its weight) or of a parameter → bool mask of what is kept.
         data: ``train`` is used.
         recipe: How.
         seed: Decides order and augmentation.
@@ -91,7 +91,8 @@ def finetune(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.peak_lr, total_steps=max(2, steps), pct_start=recipe.rise, cycle_momentum=False
     )
-    masked = [(model.get_submodule(name).weight, mask) for name, mask in masks.items()]
+    parameters = dict(model.named_parameters())
+    masked = [(parameters[name if name in parameters else f"{name}.weight"], mask) for name, mask in masks.items()]
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for step in range(steps):
@@ -110,7 +111,7 @@ def finetune(
         schedule.step()
         with torch.no_grad():
             for weight, mask in masked:
-                weight.mul_(mask)  # type: ignore[operator]
+                weight.mul_(mask)
         on_step()
     model.eval()
 
