@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoprune.cli import options
+from autoprune.cli.subject import Subject, subject_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,17 +21,6 @@ if TYPE_CHECKING:
     from autoprune.core.policy import Policy
     from autoprune.lut.bench import BenchResult
     from autoprune.tasks.task import Task
-
-
-@dataclass(frozen=True, slots=True)
-class _Subject:
-    """What is timed: a policy's file, the weights (None: the package's), and the settings it was made with."""
-
-    policy: Path
-    weights: Path | None
-    data: str
-    batch: int
-    threads: int
 
 
 def bench(
@@ -69,14 +59,13 @@ def bench(
     from autoprune.search_spaces.trace import trace
     from autoprune.tasks.task import load_task
 
-    options.one_of("--policy", policy, "--run", run)
-    subject = _subject(policy, run, runs_dir)
-    subject = _Subject(
-        subject.policy,
-        weights or subject.weights,
-        data or subject.data,
-        batch or subject.batch,
-        threads or subject.threads,
+    subject = subject_of(policy, run, runs_dir)
+    subject = replace(
+        subject,
+        weights=weights or subject.weights,
+        data=data or subject.data,
+        batch=batch or subject.batch,
+        threads=threads or subject.threads,
     )
     record = Policy.load(subject.policy)
     task = load_task(record.file.model, subject.data, data_dir=data_dir, weights=subject.weights)
@@ -94,26 +83,6 @@ def bench(
     _show(result)
     if csv is not None:
         print(csv)
-
-
-def _subject(policy: Path | None, run: str | None, runs_dir: Path) -> _Subject:
-    from autoprune.core.errors import RunError
-    from autoprune.core.rundir import RunDir
-
-    if run is None:
-        assert policy is not None
-        return _Subject(policy, None, "fashion-mnist", 1, 1)
-    folder = RunDir.existing(runs_dir, run)
-    for path in (folder.policy, folder.weights):
-        if not path.exists():
-            raise RunError(
-                f"run {folder.path} has no {path.name}: it is not finished, or trained without a policy; give its "
-                "command again, or another --run."
-            )
-    made = folder.read_json(folder.config)
-    # A training's configuration leaves batch and threads out: they do not change what is trained.
-    batch, threads = (value if isinstance(value := made.get(key), int) else 1 for key in ("batch", "threads"))
-    return _Subject(folder.policy, folder.weights, str(made.get("data", "fashion-mnist")), batch, threads)
 
 
 def _images(task: Task, batch: int, seed: int) -> Tensor:
@@ -135,7 +104,7 @@ def _append(csv: Path, result: BenchResult, policy: Policy, data: str) -> None:
     append_rows(csv, rows(result, labels))
 
 
-def _print_record(subject: _Subject, policy: Policy, result: BenchResult, seed: int) -> None:
+def _print_record(subject: Subject, policy: Policy, result: BenchResult, seed: int) -> None:
     from autoprune.cli.record import print_record
     from autoprune.lut.table import current_context
 
