@@ -38,6 +38,7 @@ def apply(
         str | None, typer.Option(help="Data set, by name.", show_default="the run's, or fashion-mnist")
     ] = None,
     data_dir: options.DataDir = None,
+    transform: options.Transform = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
     runs_dir: options.RunsDir = Path("runs"),
     as_json: options.Json = False,
@@ -56,7 +57,7 @@ def apply(
     subject = subject_of(policy, run, runs_dir)
     _check_out(out, force)
     record = Policy.load(subject.policy)
-    names = (record.file.model, data or subject.data)
+    names = (record.file.model, options.prepared_data(data or subject.data, transform))
     task = load_task(*names, data_dir=data_dir, weights=weights or subject.weights)
     record.check_model(trace(task.model, task.example))
     with working() as progress:

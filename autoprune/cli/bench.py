@@ -36,6 +36,7 @@ def bench(
         str | None, typer.Option(help="Data set, by name.", show_default="the run's, or fashion-mnist")
     ] = None,
     data_dir: options.DataDir = None,
+    transform: options.Transform = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Images per forward pass.", show_default="the run's, or 1")
     ] = None,
@@ -63,7 +64,7 @@ def bench(
     subject = replace(
         subject,
         weights=weights or subject.weights,
-        data=data or subject.data,
+        data=options.prepared_data(data or subject.data, transform),
         batch=batch or subject.batch,
         threads=threads or subject.threads,
     )

@@ -43,6 +43,7 @@ def export(
         str | None, typer.Option(help="Data set, by name.", show_default="the run's, or fashion-mnist")
     ] = None,
     data_dir: options.DataDir = None,
+    transform: options.Transform = None,
     batch: options.Batch = 1,
     threads: options.Threads = 1,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to time dense and pruned in turn.")] = 4.0,
@@ -64,9 +65,8 @@ def export(
     subject = subject_of(policy, run, runs_dir)
     _check_folder(target)
     record = Policy.load(subject.policy)
-    task = load_task(
-        record.file.model, data or subject.data, data_dir=data_dir, weights=weights or subject.weights
-    )
+    name = options.prepared_data(data or subject.data, transform)
+    task = load_task(record.file.model, name, data_dir=data_dir, weights=weights or subject.weights)
     record.check_model(trace(task.model, task.example))
     with working() as progress:
         progress.stage("export")
@@ -76,7 +76,7 @@ def export(
         progress.stage("measure")
         figures = compare(task.model, applied.network, images[:batch], threads, seconds, onnx=onnx is not None)
     if csv is not None:
-        _append(csv, record, figures, subject.data if data is None else data)
+        _append(csv, record, figures, name)
     _tell(_Outcome(applied, made, figures), onnx is not None, as_json)
 
 

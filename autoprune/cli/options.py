@@ -16,7 +16,21 @@ _MOST_THREADS = 62
 _MOST_SEED = 2**32 - 1
 
 Model = Annotated[str, typer.Option(help="Network to prune, by name.")]
-Data = Annotated[str, typer.Option(help="Data set, by name.")]
+_DATA_HELP = (
+    "Data set: fashion-mnist, mnist, cifar10, cifar100, imagenet:DIR, imagefolder:DIR (train/ and val/ with a folder a "
+    "class, or images without labels), or package.module:factory."
+)
+Data = Annotated[str, typer.Option(help=_DATA_HELP)]
+Transform = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--transform",
+        metavar="NAME=VALUE",
+        help="How images are prepared and how many are used: size, resize, mean, std (such as 0.5/0.5/0.5), "
+        "interpolation, train, validation, test; repeatable.",
+        show_default="the network's own",
+    ),
+]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the full data set.")]
 _SPACE_HELP = f"Search space: a YAML file or a preset: {', '.join(presets())}."
 Space = Annotated[str, typer.Option(help=_SPACE_HELP)]
@@ -46,6 +60,18 @@ ThreadsRead = Annotated[
 SeedRead = Annotated[
     int | None, typer.Option("--seed", min=0, help="Refuse what was made with another seed.", show_default="any")
 ]
+
+
+def prepared_data(data: str, transform: list[str] | None) -> str:
+    """Return the data set's text with the options of ``--transform``.
+
+    Raises:
+        UnknownName: No such data set or option.
+        DataError: A value cannot be read.
+    """
+    from autoprune.tasks.source import with_options
+
+    return with_options(data, transform or ())
 
 
 def one_of(first: str, a: T | None, second: str, b: T | None) -> T:

@@ -35,6 +35,14 @@ def search(
     model: options.Model = "resnet20",
     data: options.Data = "fashion-mnist",
     data_dir: options.DataDir = None,
+    transform: options.Transform = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="What finalists are judged by: accuracy, or agreement with the dense network, which needs no labels.",
+            show_default="accuracy",
+        ),
+    ] = None,
     agent: Annotated[
         str | None,
         typer.Option(help=f"Searcher: {', '.join(SEARCHERS)}.", show_default="auto; nsga2 with --objective"),
@@ -89,7 +97,7 @@ def search(
     config = SearchConfig(
         budget=budget or "",
         model=model,
-        data=data,
+        data=options.prepared_data(data, transform),
         data_dir=data_dir,
         agent=agent,
         space=space or default_space(table, device),
@@ -105,6 +113,7 @@ def search(
         constraint=constraint,
         objective=objective,
         settings=parse_settings(agent, settings) if settings else None,
+        metric=metric,
     )
     with undone_when_refused(runs_dir, config.name), working() as progress:
         result = run_search(config, progress)

@@ -151,6 +151,7 @@ def make_result(
         reason="" if met else _reason(goal.kind, how),
         predicted_for="" if deployer.measures else table.context.place,
         left_out=left_out(table),
+        metric=context.task.scored_by,
     )
 
 
@@ -203,6 +204,8 @@ def make_policy(context: Context, finals: Finals, chosen: Candidate, study: Stud
         predicted=chosen.predicted,
         measured=chosen.measured,
         accuracy=chosen.accuracy,
+        metric=context.task.scored_by,
+        splits=context.splits,
         context={key: value for key, value in facts.items() if isinstance(value, str | int | float)},
         seed=context.config.seed,
         versions=package_versions(),

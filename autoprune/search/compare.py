@@ -31,12 +31,20 @@ from autoprune.search.config import FINALISTS, SearchConfig
 from autoprune.search.deploy import Deployer
 from autoprune.search.finals import kept_masks
 from autoprune.search.latency import Subject, open_latency
-from autoprune.search.setup import Scored, Scorer, make_problem, pruned_model, score_choices, worthwhile
+from autoprune.search.setup import (
+    EVALUATION_IMAGES,
+    Scored,
+    Scorer,
+    make_problem,
+    pruned_model,
+    score_choices,
+    worthwhile,
+)
 from autoprune.search.study import Study
 from autoprune.search_spaces.space import load_space
 from autoprune.search_spaces.trace import trace
 from autoprune.tasks.metrics import accuracy
-from autoprune.tasks.task import Task, load_task
+from autoprune.tasks.task import Task, judged_task, load_task
 from autoprune.trainers.finetune import FinetuneRecipe, finetune
 
 
@@ -113,7 +121,7 @@ def run_comparison(config: CompareConfig, progress: Progress, task: Task | None 
             "least 1 of each."
         )
     check_device(config.device)
-    task = task or load_task(config.model, config.data, data_dir=config.data_dir)
+    task = judged_task(task or load_task(config.model, config.data, data_dir=config.data_dir))
     arena = _Arena(config, task, progress)
     problems = {text: arena.problem(text) for text in budgets}  # an infeasible one is refused before the work begins
     cells = []
@@ -245,7 +253,7 @@ class _Arena:
         return model
 
     def _accuracy(self, model: nn.Module) -> float:
-        split = self.task.data.validation
+        _, split = self.task.data.judges(EVALUATION_IMAGES)
         return accuracy(model, self.task.data.normalize(split.images), split.labels)
 
 

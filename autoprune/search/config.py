@@ -38,6 +38,7 @@ class SearchConfig:
         constraint: As in ``--constraint``: the accuracy to keep at the least latency.
         objective: As in ``--objective``: accuracy and the costs to trade it against.
         settings: Of the agent, by name.
+        metric: ``accuracy``, or ``agreement`` with the dense network; None for the task's own.
     """
 
     budget: str = ""
@@ -58,6 +59,7 @@ class SearchConfig:
     constraint: str | None = None
     objective: str | None = None
     settings: Mapping[str, object] | None = None
+    metric: str | None = None
 
     @property
     def goal(self) -> Goal:
@@ -77,6 +79,8 @@ class SearchConfig:
     def resolved(self) -> dict[str, object]:
         """Return what decides the result, as JSON values."""
         values = asdict(replace(self, evaluations=self.evaluations or DEFAULT_EVALUATIONS))
-        for key in ("run", "runs_dir", "fresh"):
+        # Runs of before there was a metric are by accuracy.
+        unsaid = ("metric",) if self.metric in (None, "accuracy") else ()
+        for key in ("run", "runs_dir", "fresh", *unsaid):
             del values[key]
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}

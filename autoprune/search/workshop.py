@@ -20,12 +20,12 @@ from autoprune.envs.database import LayerDatabase
 from autoprune.envs.network import layer_of, recalibrate, side_by_side
 from autoprune.search.finals import EVALUATION_BATCH, save_weights
 from autoprune.search.netadapt import Member
-from autoprune.search.setup import CALIBRATION_IMAGES, EVALUATION_IMAGES
+from autoprune.search.setup import CALIBRATION_IMAGES, EVALUATION_IMAGES, finetune_recipe
 from autoprune.tasks.data import DataSet, Split
 from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.models import load_weights
 from autoprune.tasks.task import Task
-from autoprune.trainers.finetune import FinetuneRecipe, finetune
+from autoprune.trainers.finetune import finetune
 
 
 class Workshop:
@@ -45,7 +45,7 @@ class Workshop:
         self._seed = seed
         data = task.data
         self._calibration = data.normalize(data.train.images[:CALIBRATION_IMAGES])
-        scored = data.validation.take(EVALUATION_IMAGES)
+        scored, _ = data.judges(EVALUATION_IMAGES)
         self._images, self._labels = data.normalize(scored.images), scored.labels
 
     def dense(self) -> nn.Module:
@@ -77,7 +77,7 @@ class Workshop:
                 with torch.no_grad():
                     layer_of(model, layer).weight.copy_(weights[layer])
             recalibrate(model, self._calibration)
-            recipe = FinetuneRecipe(epochs=1)
+            recipe = replace(finetune_recipe(self._task), epochs=1)
             masks = {name: weight != 0 for name, weight in weights.items()}
             model.requires_grad_(True)
             data = self._part(steps * recipe.batch_size)

@@ -25,7 +25,7 @@ def fgsm(model: nn.Module, pixels: Tensor, labels: Tensor, epsilon: float, data:
     """
     with torch.enable_grad():
         moved = pixels.detach().clone().requires_grad_(True)
-        loss = nn.functional.cross_entropy(model((moved - data.mean) / data.std).float(), labels, reduction="sum")
+        loss = nn.functional.cross_entropy(model(data.scale(moved)).float(), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, moved)
     return (pixels + epsilon * gradient.sign()).clamp_(0.0, 1.0)
 
@@ -51,6 +51,6 @@ def attacked_accuracy(
         for epsilon in epsilons:
             moved = fgsm(model, pixels, labels, epsilon, data) if epsilon > 0 else pixels
             with torch.no_grad():
-                answers = model((moved - data.mean) / data.std).argmax(1)
+                answers = model(data.scale(moved)).argmax(1)
             right[epsilon] += int((answers == labels).sum())
     return {epsilon: count / len(split) for epsilon, count in right.items()}
