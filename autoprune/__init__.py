@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from autoprune.core.policy import Policy as Policy
+    from autoprune.export.bundle import load as load
+    from autoprune.export.bundle import save as save
     from autoprune.kernels.convert import convert as convert
     from autoprune.lut.table import LatencyTable as LatencyTable
     from autoprune.search.pipeline import search as search
@@ -28,10 +30,14 @@ _HOME = {
     "attach": "autoprune.trainers.session",
     "compact": "autoprune.sparsity.compact",
     "convert": "autoprune.kernels.convert",
+    "load": "autoprune.export.bundle",
+    "save": "autoprune.export.bundle",
 }
 
 # `search` is a sub-package as well as a function: the module itself is callable, see autoprune/search/__init__.py.
-__all__ = ["LatencyTable", "Policy", "SearchSpace", "__version__", "attach", "compact", "convert", "search"]
+__all__ = [
+    "LatencyTable", "Policy", "SearchSpace", "__version__", "attach", "compact", "convert", "load", "save", "search",
+]
 
 
 def __getattr__(name: str) -> object:

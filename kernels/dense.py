@@ -198,15 +198,22 @@ def _onnxruntime(model: nn.Module, example: Tensor, threads: int) -> Runner:
     return min((plain, bound), key=_seconds)
 
 
-def to_onnx(model: nn.Module, example: Tensor) -> bytes:
-    """Return the model as ONNX, its batch fixed to the example's.
+def to_onnx(model: nn.Module, example: Tensor, *, any_batch: bool = False) -> bytes:
+    """Return the model as ONNX.
 
+    Args:
+        model: Not modified; exported in eval mode.
+        example: (N, C, H, W) float32.
+        any_batch: Leave the number of images open; else it is fixed to the example's.
     Raises:
         ModelError: It cannot be exported.
     """
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if any_batch else None
     with _quiet("torch.onnx", "onnxscript", "onnx_ir"):  # the exporter warns about its own dependencies
         try:
-            program = torch.onnx.export(copy.deepcopy(model).eval(), (example,), dynamo=True, verbose=False)
+            program = torch.onnx.export(
+                copy.deepcopy(model).eval(), (example,), dynamo=True, verbose=False, dynamic_shapes=shapes
+            )
             assert program is not None
             content: bytes = program.model_proto.SerializeToString()
         except Exception as error:

@@ -57,7 +57,7 @@ def test_every_flag_reaches_the_search(searched: list[SearchConfig], tmp_path: P
     flags = {
         "budget": "latency=50%",
         "model": "vgg11",
-        "data": "other",
+        "data": "mnist",
         "data-dir": "d",
         "agent": "tpe",
         "space": "s.yaml",
@@ -78,7 +78,7 @@ def test_every_flag_reaches_the_search(searched: list[SearchConfig], tmp_path: P
         SearchConfig(
             budget="latency=50%",
             model="vgg11",
-            data="other",
+            data="mnist",
             data_dir=Path("d"),
             agent="tpe",
             space="s.yaml",

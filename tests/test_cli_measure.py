@@ -37,7 +37,7 @@ def test_every_flag_reaches_the_training(
     asked: list[TrainRequest] = []
     trained = TrainResult(
         model="resnet20",
-        data="other",
+        data="mnist",
         trainer="campfire",
         epochs=3,
         seed=4,
@@ -51,7 +51,7 @@ def test_every_flag_reaches_the_training(
         return trained
 
     monkeypatch.setattr("autoprune.trainers.run.train_policy", train_policy)
-    flags = ["--trainer", "campfire", "--epochs", "3", "--seed", "4", "--data", "other", "--data-dir", "d"]
+    flags = ["--trainer", "campfire", "--epochs", "3", "--seed", "4", "--data", "mnist", "--data-dir", "d"]
     flags += ["--set", "era_start=1", "--set", "exponent=2.5"]
     flags += ["--init", "w.safetensors", "--batch", "8", "--threads", "2", "--no-dense-control", "--embedded"]
     argv = ["train", "--policy", str(run.policy), *flags, "--runs-dir", str(tmp_path)]
@@ -67,7 +67,7 @@ def test_every_flag_reaches_the_training(
     policy = Policy.load(run.policy)
     expected = TrainRequest(
         model="resnet20",
-        data="other",
+        data="mnist",
         policy=policy,
         trainer="campfire",
         settings={"era_start": 1, "exponent": 2.5},

@@ -55,6 +55,16 @@ def test_golden_policy_of_version_1_stays_readable() -> None:
     assert {name: parse_choice(text) for name, text in policy.file.choices.items()} == policy.choices
 
 
+def test_golden_policy_of_version_2_stays_readable() -> None:
+    policy = Policy.load(_GOLDEN.with_name("policy-v2.json"))
+    assert policy.file.metric == "agreement"
+    assert policy.file.splits is not None
+    splits = policy.file.splits
+    assert (splits.calibration, splits.search, splits.validation) == (1000, 500, 500)
+    assert policy.file.splits.seed == 20260101
+    assert Policy.load(_GOLDEN).file.splits is None
+
+
 def test_fields_with_defaults_may_be_absent(tmp_path: Path) -> None:
     absent = dict.fromkeys(("measured", "accuracy", "context", "seed", "versions", "trials", "seconds", "table"), ...)
     policy = Policy.load(_edited(tmp_path, **absent))
@@ -65,7 +75,7 @@ def test_fields_with_defaults_may_be_absent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
-        ({"schema_version": SCHEMA_VERSION + 1}, "newer than 1, the newest this autoprune reads; upgrade"),
+        ({"schema_version": SCHEMA_VERSION + 1}, f"newer than {SCHEMA_VERSION}, the newest this autoprune reads; upg"),
         ({"colour": "blue"}, "field 'colour'"),
         ({"predicted": {"macs_ratio": 0.5, "params_ratio": 0.5, "extra": 1}}, "field 'predicted.extra'"),
         ({"model": ...}, "field 'model'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoprune.cli import options
+from autoprune.cli.subject import Subject, subject_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,13 +20,12 @@ if TYPE_CHECKING:
 
     from autoprune.core.policy import Policy
     from autoprune.lut.bench import BenchResult
-    from autoprune.lut.table import LatencyTable
     from autoprune.tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """What is timed: a policy's file (None: ``--uniform``), weights (None: the model's own), the settings, and where."""
+    """What is timed: a policy's file (None: ``--uniform``), weights (None: the model's own), settings, and where."""
 
     policy: Path | None
     weights: Path | None
@@ -63,6 +63,7 @@ def bench(
         str | None, typer.Option(help="Data set, by name.", show_default="the run's, or fashion-mnist")
     ] = None,
     data_dir: options.DataDir = None,
+    transform: options.Transform = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Images per forward pass.", show_default="the run's, or 1")
     ] = None,
@@ -95,17 +96,15 @@ def bench(
     model = options.named(model, model_args)
     if uniform:
         _check_uniform(policy, run, weights, model)
-    else:
-        options.one_of("--policy", policy, "--run", run)
-    subject = _subject(policy, run, runs_dir)
-    subject = _Subject(
-        subject.policy,
-        weights or subject.weights,
-        data or subject.data,
-        batch or subject.batch,
-        threads or subject.threads,
-        device,
-        table,
+    subject = _Subject(None, None, "fashion-mnist", 1, 1) if uniform else _of(subject_of(policy, run, runs_dir))
+    subject = replace(
+        subject,
+        weights=weights or subject.weights,
+        data=options.prepared_data(data or subject.data, transform),
+        batch=batch or subject.batch,
+        threads=threads or subject.threads,
+        device=device,
+        table=table,
     )
     if uniform:
         assert model is not None
@@ -138,23 +137,8 @@ def _measure(subject: _Subject, model: nn.Module, policy: Policy, images: Tensor
     return bench_on_gpu(model, policy, images, None if subject.table is None else LatencyTable.load(subject.table))
 
 
-def _subject(policy: Path | None, run: str | None, runs_dir: Path) -> _Subject:
-    from autoprune.core.errors import RunError
-    from autoprune.core.rundir import RunDir
-
-    if run is None:
-        return _Subject(policy, None, "fashion-mnist", 1, 1)
-    folder = RunDir.existing(runs_dir, run)
-    for path in (folder.policy, folder.weights):
-        if not path.exists():
-            raise RunError(
-                f"run {folder.path} has no {path.name}: it is not finished, or trained without a policy; give its "
-                "command again, or another --run."
-            )
-    made = folder.read_json(folder.config)
-    # A training's configuration leaves batch and threads out: they do not change what is trained.
-    batch, threads = (value if isinstance(value := made.get(key), int) else 1 for key in ("batch", "threads"))
-    return _Subject(folder.policy, folder.weights, str(made.get("data", "fashion-mnist")), batch, threads)
+def _of(subject: Subject) -> _Subject:
+    return _Subject(subject.policy, subject.weights, subject.data, subject.batch, subject.threads)
 
 
 def _check_uniform(policy: Path | None, run: str | None, weights: Path | None, model: str | None) -> None:

@@ -32,7 +32,14 @@ def evaluate(
         str | None, typer.Option(help="Data set, by name.", show_default="the run's, or fashion-mnist")
     ] = None,
     data_dir: options.DataDir = None,
+    transform: options.Transform = None,
     split: Annotated[str, typer.Option(help="Which images: test or validation.")] = "test",
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="accuracy, or agreement with the dense network, which needs no labels.", show_default="accuracy"
+        ),
+    ] = None,
     images: Annotated[
         int | None, typer.Option(min=1, help="Judge only the first so many images.", show_default="all")
     ] = None,
@@ -47,18 +54,26 @@ def evaluate(
 ) -> None:
     """Judge a run's weights, or the dense checkpoint, on clean and on attacked images."""
     strengths = _strengths(attack, epsilon)
-    network, data_set, names = _subject(run, weights, options.named(model, model_args), data, data_dir, runs_dir)
+    model = options.named(model, model_args)
+    network, data_set, names = _subject(run, weights, model, data, data_dir, runs_dir, transform)
     from autoprune.tasks.attack import attacked_accuracy
+    from autoprune.tasks.metrics import metric_of
 
+    found_metric = metric_of(metric, data_set)
     part = _split(data_set, split)
     part = part if images is None else part.take(images)
+    divergence = None
+    if found_metric == "agreement":
+        part, divergence = _against_dense(network, part, data_set, names, data_dir)
     found = attacked_accuracy(network, part, data_set, (0.0, *strengths))
     record = {
         **names,
         "split": split,
         "images": len(part),
         "attack": attack,
-        "accuracy": found[0.0],
+        "metric": found_metric,
+        found_metric: found[0.0],
+        **({} if divergence is None else {"divergence": divergence}),
         "attacked": {f"{strength:g}": found[strength] for strength in strengths},
     }
     if as_json:
@@ -69,6 +84,8 @@ def evaluate(
     from autoprune.report.summary import percent
 
     print(f"{names['weights']}, {len(part)} {split} images of {names['data']}\n  {'clean':<14}{percent(found[0.0], 2)}")
+    if divergence is not None:
+        print(f"  of the answers are the dense network's; KL divergence from it {divergence:.4g} nats")
     for strength in strengths:
         print(f"  {f'fgsm {strength:g}':<14}{percent(found[strength], 2)}")
 
@@ -103,8 +120,28 @@ def _split(data: DataSet, name: str) -> Split:
     return data.test if name == "test" else data.validation
 
 
+def _against_dense(
+    network: nn.Module, part: Split, data: DataSet, names: dict[str, object], data_dir: Path | None
+) -> tuple[Split, float]:
+    """Return the split with the dense network's answers as labels, and the KL divergence from it in nats."""
+    from autoprune.envs.evaluator import divergence
+    from autoprune.tasks.data import Split
+    from autoprune.tasks.metrics import split_logits
+    from autoprune.tasks.task import load_task
+
+    dense = load_task(str(names["model"]), data.name, data_dir=data_dir).model
+    wanted = split_logits(dense, part, data)
+    return Split(part.images, wanted.argmax(1)), divergence(wanted, split_logits(network, part, data))
+
+
 def _subject(
-    run: str | None, weights: Path | None, model: str | None, data: str | None, data_dir: Path | None, runs_dir: Path
+    run: str | None,
+    weights: Path | None,
+    model: str | None,
+    data: str | None,
+    data_dir: Path | None,
+    runs_dir: Path,
+    transform: list[str] | None,
 ) -> tuple[nn.Module, DataSet, dict[str, object]]:
     """Return the network with its weights, its data, and what they are called."""
     from autoprune.core.errors import RunError
@@ -120,7 +157,8 @@ def _subject(
         weights = folder.weights
         if not weights.exists():
             raise RunError(f"run '{run}' has no weights yet; the same command that began it finishes it.")
-    task = load_task(model or "resnet20", data or "fashion-mnist", data_dir=data_dir, weights=weights)
+    data = options.prepared_data(data or "fashion-mnist", transform)
+    task = load_task(model or "resnet20", data, data_dir=data_dir, weights=weights)
     what = "dense checkpoint" if weights is None else str(weights)
     return task.model, task.data, {"run": run, "weights": what, "model": task.model_name, "data": task.name}
 

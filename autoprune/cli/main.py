@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from autoprune.cli import bench, compare, evaluate, lut, pareto, report, search, train
+from autoprune.cli import apply, bench, compare, evaluate, export, lut, pareto, report, search, train
 from autoprune.core.errors import AutopruneError
 from autoprune.core.launch import launched_rank, launched_size
 
@@ -31,6 +31,8 @@ app.command("compare")(compare.compare)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
+app.command("apply")(apply.apply)
+app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("pareto")(pareto.pareto)
 app.add_typer(lut.app, name="lut")

@@ -28,7 +28,21 @@ Weights = Annotated[
         show_default="those of the package, or what a factory brings",
     ),
 ]
-Data = Annotated[str, typer.Option(help="Data set, by name.")]
+_DATA_HELP = (
+    "Data set: fashion-mnist, mnist, cifar10, cifar100, imagenet:DIR, imagefolder:DIR (train/ and val/ with a folder a "
+    "class, or images without labels), or package.module:factory."
+)
+Data = Annotated[str, typer.Option(help=_DATA_HELP)]
+Transform = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--transform",
+        metavar="NAME=VALUE",
+        help="How images are prepared and how many are used: size, resize, mean, std (such as 0.5/0.5/0.5), "
+        "interpolation, train, validation, test; repeatable.",
+        show_default="the network's own",
+    ),
+]
 DataDir = Annotated[Path | None, typer.Option(help="Folder that holds the full data set.")]
 _SPACE_HELP = f"Search space: a YAML file or a preset: {', '.join(presets())}."
 Space = Annotated[str, typer.Option(help=_SPACE_HELP)]
@@ -74,6 +88,18 @@ def named(model: str | None, args: str | None) -> str | None:
             raise ModelError(f"--model-args {args!r}: of no network; give --model too.")
         return None
     return with_args(model, args)
+
+
+def prepared_data(data: str, transform: list[str] | None) -> str:
+    """Return the data set's text with the options of ``--transform``.
+
+    Raises:
+        UnknownName: No such data set or option.
+        DataError: A value cannot be read.
+    """
+    from autoprune.tasks.source import with_options
+
+    return with_options(data, transform or ())
 
 
 def one_of(first: str, a: T | None, second: str, b: T | None) -> T:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _RESULT_FIELDS = {
     "model", "data", "budget", "agent", "seed", "run", "met", "reason", "rows", "references", "absent_references",
-    "context", "seconds",
+    "context", "seconds", "metric",
 }
 
 

@@ -37,6 +37,14 @@ def search(
     weights: options.Weights = None,
     data: options.Data = "fashion-mnist",
     data_dir: options.DataDir = None,
+    transform: options.Transform = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="What finalists are judged by: accuracy, or agreement with the dense network, which needs no labels.",
+            show_default="accuracy",
+        ),
+    ] = None,
     agent: Annotated[
         str | None,
         typer.Option(help=f"Searcher: {', '.join(SEARCHERS)}.", show_default="auto; nsga2 with --objective"),
@@ -93,7 +101,7 @@ def search(
         budget=budget or "",
         model=with_args(model, model_args),
         weights=weights,
-        data=data,
+        data=options.prepared_data(data, transform),
         data_dir=data_dir,
         agent=agent,
         space=space or default_space(table, device),
@@ -109,6 +117,7 @@ def search(
         constraint=constraint,
         objective=objective,
         settings=parse_settings(agent, settings) if settings else None,
+        metric=metric,
     )
     with undone_when_refused(runs_dir, config.name), working() as progress:
         result = run_search(config, progress)

@@ -30,7 +30,7 @@ def print_result(result: Result, paths: Mapping[str, Path]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from autoprune.report.summary import COLUMNS, reference_lines, table_lines, verdict
+    from autoprune.report.summary import COLUMNS, metric_text, reference_lines, table_lines, verdict
 
     console = make_console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -40,6 +40,8 @@ def print_result(result: Result, paths: Mapping[str, Path]) -> None:
         missed = line.role == "chosen" and not result.met
         table.add_row(*map(escape, line.cells), style="bold red" if missed else _STYLES[line.role])
     console.print(table)
+    if result.metric != "accuracy":
+        console.print(metric_text(result.metric), markup=False, soft_wrap=True)
     where = f" on {result.predicted_for}" if result.predicted_for else ""
     console.print(f"Dense executions, measured{where}:", markup=False)
     for name, time, remark in reference_lines(result):

@@ -70,6 +70,7 @@ def train(
     model_args: options.ModelArgs = None,
     data: options.Data = "fashion-mnist",
     data_dir: options.DataDir = None,
+    transform: options.Transform = None,
     embedded: Annotated[
         bool, typer.Option("--embedded", help="Train on the 8,000 images inside the package, not on the full data set.")
     ] = False,
@@ -109,6 +110,7 @@ def train(
     length = epochs or preset.recipe.epochs
     chosen = {**preset.settings_for(method, length), **_settings(method, settings or [], bool(policy or uniform))}
     _check_settings(method, chosen, length)
+    data = options.prepared_data(data, transform)
     record = _policy(policy, uniform or [], model, data)
     request = TrainRequest(
         model=model or (record.file.model if record is not None else "resnet20"),

@@ -20,7 +20,7 @@ from autoprune.core.errors import AutopruneError, PolicyError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.rundir import write_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Cost(BaseModel):
@@ -36,7 +36,10 @@ class Cost(BaseModel):
 
 
 class Accuracy(BaseModel):
-    """Top-1 accuracies in 0..1; all on validation data but the two test figures. None: not evaluated."""
+    """Top-1 accuracies in 0..1; all on validation data but the two test figures. None: not evaluated.
+
+    Where the metric is ``agreement`` they are shares of the dense network's answers, with ``score`` the user's figures.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,8 +50,31 @@ class Accuracy(BaseModel):
     dense_test: float | None = None
 
 
+class Splits(BaseModel):
+    """Which images a search used for what; calibration is a part of training, no other two share an image.
+
+    Attributes:
+        train: Images finalists were fine-tuned on; the first ``calibration`` of them gave the layers' input statistics.
+        search: Images policies were compared on.
+        validation: Images finalists were judged on.
+        test: Images of the one closing figure.
+        seed: Of the draw that made the splits; None where files or the user decided.
+        sha256: Of the images of calibration, search and validation, in that order.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: int
+    calibration: int
+    search: int
+    validation: int
+    test: int
+    seed: int | None = None
+    sha256: str
+
+
 class PolicyFile(BaseModel):
-    """The JSON form of a policy."""
+    """The JSON form of a policy. Since version 2: ``metric`` and ``splits``."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -62,6 +88,8 @@ class PolicyFile(BaseModel):
     predicted: Cost
     measured: Cost | None = None
     accuracy: Accuracy = Field(default_factory=Accuracy)
+    metric: str = "accuracy"
+    splits: Splits | None = None
     context: dict[str, str | int | float] = Field(default_factory=dict)
     seed: int = 0
     versions: dict[str, str] = Field(default_factory=dict)

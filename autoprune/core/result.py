@@ -97,6 +97,7 @@ class Result(BaseModel):
         predicted_for: The machine whose table predicted the latencies, of which nothing was measured here; empty where
             networks were deployed and timed.
         left_out: Sentences on choices that the table leaves out, and why.
+        metric: What the accuracies are: ``accuracy``, ``agreement`` with the dense network, or the user's ``score``.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -124,6 +125,7 @@ class Result(BaseModel):
     predicted_for: str = ""
     left_out: list[str] = Field(default_factory=list)
     goal: GoalKind = "budget"
+    metric: str = "accuracy"
 
     def row(self, name: str) -> Row | None:
         """Return the closing table's row of that name, if there is one."""

@@ -17,6 +17,7 @@ from autoprune.report.explain import explain
 from autoprune.report.plots import figures
 from autoprune.report.summary import (
     COLUMNS,
+    metric_text,
     percent,
     reference_lines,
     seconds_text,
@@ -47,6 +48,7 @@ def render(result: Result, policy: PolicyFile | None = None, sensitivity: Sensit
         result=result,
         policy=policy,
         verdict=verdict(result),
+        metric_text=metric_text(result.metric),
         columns=COLUMNS,
         lines=table_lines(result),
         references=reference_lines(result),

@@ -73,7 +73,7 @@ def verdict(result: Result) -> str:
     chosen = result.row("chosen")
     if chosen is None:
         return f"No policy was found for {asked}." + _reason(result)
-    parts = [_latency_clause(result, chosen), _accuracy_clause(chosen)]
+    parts = [_latency_clause(result, chosen), _accuracy_clause(result, chosen)]
     found = ", ".join(part for part in parts if part)
     if result.goal == "front" and result.met:
         return f"A front was asked for: {asked}; of it the policy at the bend {found}."
@@ -106,14 +106,37 @@ def _latency_clause(result: Result, chosen: Row) -> str:
     return text
 
 
-def _accuracy_clause(chosen: Row) -> str:
+def _accuracy_clause(result: Result, chosen: Row) -> str:
     accuracy = chosen.accuracy
-    if accuracy.test is not None and accuracy.dense_test is not None:
-        return f"and reaches {percent(accuracy.test, 2)} on the test data (dense: {percent(accuracy.dense_test, 2)})"
-    final = accuracy.tuned if accuracy.tuned is not None else accuracy.pruned
+    tested = accuracy.test is not None and accuracy.dense_test is not None
+    final = accuracy.test if tested else accuracy.tuned if accuracy.tuned is not None else accuracy.pruned
     if final is None:
         return ""
-    return f"and reaches {percent(final, 2)} on the validation data (dense: {percent(accuracy.dense, 2)})"
+    value, where = figure_text(final, result.metric), f"on the {'test' if tested else 'validation'} data"
+    if result.metric == "agreement":
+        return f"and agrees with the dense network in {value} of its answers {where}"
+    dense = figure_text(accuracy.dense_test if tested else accuracy.dense, result.metric)
+    if result.metric == "score":
+        return f"and scores {value} by the user's own measure (dense: {dense})"
+    return f"and reaches {value} {where} (dense: {dense})"
+
+
+def figure_text(value: float | None, metric: str) -> str:
+    """Return a figure of a network's quality: a share as a percentage, the user's own score as it is."""
+    if value is None:
+        return NONE
+    return significant(value, 4) if metric == "score" else percent(value, 2)
+
+
+def metric_text(metric: str) -> str:
+    """Return the sentence that says what the figures of a closing table are."""
+    what = {
+        "accuracy": "Accuracy is top-1",
+        "agreement": "Figures are agreement, not accuracy: the share of images on which a network gives the dense "
+        "network's answer",
+        "score": "Figures are the user's own measure, more being better",
+    }[metric]
+    return f"{what}: pruned and tuned on validation data, test for the chosen policy and the dense network alone."
 
 
 def table_lines(result: Result) -> list[Line]:
@@ -139,9 +162,9 @@ def _line(row: Row, result: Result) -> Line:
         ratio_text,
         percent(row.predicted.macs_ratio),
         percent(row.predicted.params_ratio),
-        percent(pruned, 2),
-        percent(row.accuracy.tuned, 2),
-        percent(test, 2) if role != "baseline" else NONE,
+        figure_text(pruned, result.metric),
+        figure_text(row.accuracy.tuned, result.metric),
+        figure_text(test, result.metric) if role != "baseline" else NONE,
         _met(row, result),
     )
     return Line(cells, role)

@@ -159,6 +159,7 @@ def make_result(
         reason="" if met else _reason(goal.kind, how),
         predicted_for="" if deployer.measures else table.context.place,
         left_out=left_out(table),
+        metric=context.task.scored_by,
     )
 
 
@@ -211,6 +212,8 @@ def make_policy(context: Context, finals: Finals, chosen: Candidate, study: Stud
         predicted=chosen.predicted,
         measured=chosen.measured,
         accuracy=chosen.accuracy,
+        metric=context.task.scored_by,
+        splits=context.splits,
         context={key: value for key, value in facts.items() if isinstance(value, str | int | float)},
         seed=context.config.seed,
         versions=package_versions(),

@@ -32,11 +32,19 @@ from autoprune.search.config import FINALISTS, SearchConfig
 from autoprune.search.deploy import Deployer
 from autoprune.search.finals import kept_masks
 from autoprune.search.latency import Subject, open_latency
-from autoprune.search.setup import Scored, Scorer, make_problem, pruned_model, score_choices, worthwhile
+from autoprune.search.setup import (
+    EVALUATION_IMAGES,
+    Scored,
+    Scorer,
+    make_problem,
+    pruned_model,
+    score_choices,
+    worthwhile,
+)
 from autoprune.search.study import Study
 from autoprune.search_spaces.trace import trace
 from autoprune.tasks.metrics import accuracy
-from autoprune.tasks.task import Task, load_task
+from autoprune.tasks.task import Task, judged_task, load_task
 from autoprune.trainers.finetune import FinetuneRecipe, Teacher, finetune
 
 
@@ -115,7 +123,9 @@ def run_comparison(config: CompareConfig, progress: Progress, task: Task | None 
             "least 1 of each."
         )
     check_device(config.device)
-    task = task or load_task(config.model, config.data, data_dir=config.data_dir, weights=config.weights)
+    task = judged_task(
+        task or load_task(config.model, config.data, data_dir=config.data_dir, weights=config.weights)
+    )
     arena = _Arena(config, task, progress)
     problems = {text: arena.problem(text) for text in budgets}  # an infeasible one is refused before the work begins
     cells = []
@@ -249,7 +259,7 @@ class _Arena:
         return model
 
     def _accuracy(self, model: nn.Module) -> float:
-        split = self.task.data.validation
+        _, split = self.task.data.judges(EVALUATION_IMAGES)
         return accuracy(model, self.task.data.normalize(split.images), split.labels)
 
 

@@ -39,6 +39,7 @@ class SearchConfig:
         objective: As in ``--objective``: accuracy and the costs to trade it against.
         settings: Of the agent, by name.
         weights: The model's file; None for those it comes with.
+        metric: ``accuracy``, or ``agreement`` with the dense network; None for the task's own.
     """
 
     budget: str = ""
@@ -60,6 +61,7 @@ class SearchConfig:
     objective: str | None = None
     settings: Mapping[str, object] | None = None
     weights: Path | None = None
+    metric: str | None = None
 
     @property
     def goal(self) -> Goal:
@@ -79,6 +81,8 @@ class SearchConfig:
     def resolved(self) -> dict[str, object]:
         """Return what decides the result, as JSON values."""
         values = asdict(replace(self, evaluations=self.evaluations or DEFAULT_EVALUATIONS))
-        for key in ("run", "runs_dir", "fresh"):
+        # Runs of before there was a metric are by accuracy.
+        unsaid = ("metric",) if self.metric in (None, "accuracy") else ()
+        for key in ("run", "runs_dir", "fresh", *unsaid):
             del values[key]
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}

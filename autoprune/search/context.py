@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from autoprune.core.budget import Budget
 from autoprune.core.goal import Goal
 from autoprune.core.layers import LayerSpec
+from autoprune.core.policy import Splits
 from autoprune.core.progress import Progress
 from autoprune.core.rundir import Cache, RunDir
 from autoprune.search.config import SearchConfig
@@ -48,6 +49,7 @@ class Context:
     progress: Progress
     clock: Clock
     groups: ChannelGroups = field(default_factory=ChannelGroups)
+    splits: Splits | None = None
 
     @property
     def budget(self) -> Budget:

@@ -26,13 +26,13 @@ from autoprune.envs.network import layer_of, side_by_side
 from autoprune.kernels.convert import DeployedModel
 from autoprune.search.config import TOLERANCE
 from autoprune.search.deploy import Deployer
-from autoprune.search.setup import pruned_model
+from autoprune.search.setup import EVALUATION_IMAGES, finetune_recipe, pruned_model
 from autoprune.search_spaces.grouped import split_choices
 from autoprune.tasks.data import Split
-from autoprune.tasks.metrics import accuracy
+from autoprune.tasks.metrics import own_score, split_accuracy
 from autoprune.tasks.task import Task
 from autoprune.tasks.weights import load_weights
-from autoprune.trainers.finetune import FinetuneRecipe, Teacher, finetune, finetune_steps
+from autoprune.trainers.finetune import Teacher, finetune, finetune_steps
 
 EVALUATION_BATCH = 50
 
@@ -134,7 +134,8 @@ class Finals:
         self.layers = layers
         self.database = database
         self.deployer = deployer
-        self.recipe = FinetuneRecipe()
+        self.recipe = finetune_recipe(task)
+        _, self.judged = task.data.judges(EVALUATION_IMAGES)
         self._run = run
         self._progress = progress
         self._seed = seed
@@ -179,7 +180,7 @@ class Finals:
             The candidates with their validation accuracies before and after, and name → fine-tuned network.
         """
         untrained = {candidate.name: self.pruned(candidate) for candidate in candidates}
-        before = {c.name: self.score(untrained[c.name], c, self.task.data.validation) for c in candidates}
+        before = {c.name: self.score(untrained[c.name], c, self.judged) for c in candidates}
         stop = threading.Event()
 
         def step() -> None:
@@ -193,7 +194,7 @@ class Finals:
             except BaseException:
                 stop.set()
                 raise
-        after = {c.name: self.score(untrained[c.name], c, self.task.data.validation) for c in candidates}
+        after = {c.name: self.score(untrained[c.name], c, self.judged) for c in candidates}
         scored = [replace(c, accuracy=Accuracy(pruned=before[c.name], tuned=after[c.name])) for c in candidates]
         return scored, untrained
 
@@ -208,9 +209,15 @@ class Finals:
         save_weights(model, path)
 
     def score(self, model: nn.Module, candidate: Candidate, split: Split) -> float:
-        """Return the accuracy of the deployed form of ``model``."""
+        """Return the accuracy of the deployed form of ``model``, or what the user's own judge says of it."""
         deployed = self.deployer.deploy(model, candidate.choices)
-        return accuracy(deployed, self.task.data.normalize(split.images), split.labels, EVALUATION_BATCH)
+        if self.task.evaluate is not None:
+            return own_score(self.task.evaluate, deployed)
+        return split_accuracy(deployed, split, self.task.data, EVALUATION_BATCH)
+
+    def closing_score(self, model: nn.Module, candidate: Candidate) -> float | None:
+        """Return the accuracy on the test images; None where the user's own judge has said all there is."""
+        return None if self.task.evaluate is not None else self.score(model, candidate, self.task.data.test)
 
 
 class _Stopped(Exception):

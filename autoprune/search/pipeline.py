@@ -34,11 +34,20 @@ from autoprune.search.latency import Subject, open_latency
 from autoprune.search.memory import Memory, best_bounded, kept_map_bytes, workspace_bounds
 from autoprune.search.propose import Grant, propose, searched_budget
 from autoprune.search.sensitivity import sensitivity_of
-from autoprune.search.setup import Scored, check_reachable, make_problem, measured_space, score_choices, worthwhile
+from autoprune.search.setup import (
+    Scored,
+    check_reachable,
+    make_problem,
+    measured_space,
+    score_choices,
+    splits_of,
+    worthwhile,
+)
 from autoprune.search.study import Study
 from autoprune.search.workshop import Workshop
 from autoprune.search_spaces.trace import trace
-from autoprune.tasks.task import Task, load_task
+from autoprune.tasks.metrics import metric_of
+from autoprune.tasks.task import Task, judged_task, load_task
 
 BASELINES = ("knapsack", "uniform", "random")
 ATTEMPTS = 4
@@ -52,6 +61,7 @@ def run_search(config: SearchConfig, progress: Progress) -> Result:
     """
     _check(config)
     task = load_task(config.model, config.data, data_dir=config.data_dir, weights=config.weights)
+    metric_of(config.metric, task.data)
     return _search(config, task, progress)
 
 
@@ -96,7 +106,13 @@ def _search(config: SearchConfig, task: Task, progress: Progress) -> Result:
     if run.result.exists():
         progress.note(f"{run.path} is finished; showing its result (--fresh starts over)")
         return Result.load(run.result)
-    context = Context(config, config.goal, run, Cache(config.runs_dir), task, layers, space, progress, Clock(), groups)
+    if not isinstance(task.data.train.images, torch.Tensor):
+        progress.stage("images", None)
+    task = judged_task(task, config.metric)
+    context = Context(
+        config, config.goal, run, Cache(config.runs_dir), task, layers, space, progress, Clock(),
+        groups=groups, splits=splits_of(task.data),
+    )
     threads = torch.get_num_threads()
     try:
         result = _stages(context)
@@ -273,7 +289,7 @@ def _tune(
     context.progress.stage("fine-tune", len(candidates) * finals.steps)
     tuned, models = finals.tune(candidates)
     dense = Candidate("dense", "dense", {}, _predicted(context, {}, finals.deployer))
-    score = finals.score(context.task.model, dense, context.task.data.validation)
+    score = finals.score(context.task.model, dense, finals.judged)
     dense = replace(dense, accuracy=Accuracy(dense=score, pruned=score, tuned=score))
     return [dense, *tuned], {**models, "dense": context.task.model}
 
@@ -299,12 +315,11 @@ def _verify(
         chosen = min(kept, key=lambda row: row.cost.latency_us or 0.0)
     else:
         chosen = max(met or own, key=lambda row: (row.accuracy.tuned or 0.0, row.accuracy.pruned or 0.0))
-    test = context.task.data.test
     accuracy = chosen.accuracy.model_copy(
         update={
             "dense": rows[0].accuracy.dense,
-            "test": finals.score(models[chosen.name], chosen, test),
-            "dense_test": finals.score(context.task.model, rows[0], test),
+            "test": finals.closing_score(models[chosen.name], chosen),
+            "dense_test": finals.closing_score(context.task.model, rows[0]),
         }
     )
     return rows, replace(chosen, accuracy=accuracy)

@@ -17,6 +17,7 @@ from autoprune.core.choices import Channels, Choice, Dense
 from autoprune.core.coupling import Coupling
 from autoprune.core.errors import BudgetError, InfeasibleBudget
 from autoprune.core.layers import LayerSpec
+from autoprune.core.policy import Splits
 from autoprune.core.progress import Progress
 from autoprune.core.rundir import Cache
 from autoprune.envs.coupled import CoupledProblem
@@ -30,8 +31,10 @@ from autoprune.search.channels import CostOf, make_factors, touched_layers
 from autoprune.search.memory import Memory, memory_constraint
 from autoprune.search_spaces.space import SearchSpace
 from autoprune.sparsity.channels import ChannelGroups, mask_channels
+from autoprune.tasks.data import DataSet
 from autoprune.tasks.precision import compute_device
 from autoprune.tasks.task import Task
+from autoprune.trainers.finetune import FinetuneRecipe
 
 CALIBRATION_IMAGES = 500
 MOMENT_IMAGES = 1_000
@@ -90,7 +93,7 @@ def score_choices(
     channels = None if groups is None or not groups.leaders else Channelled(groups, space.layers)
     database = build_database(model, options, images, progress.advance, store, channels)
     network = StitchedNetwork(model, data.normalize(data.train.images[:CALIBRATION_IMAGES]))
-    scored = data.validation.take(EVALUATION_IMAGES)
+    scored, _ = data.judges(EVALUATION_IMAGES)
     evaluator = Evaluator(network, database, data.normalize(scored.images), scored.labels)
     errors = _single_errors(evaluator, options, _errors_key(key, task, options), cache, progress)
     return Scored(options, database, evaluator, errors, space.coupling)
@@ -316,9 +319,32 @@ def _errors_key(database: str, task: Task, options: Mapping[LayerSpec, Sequence[
     for layer, choices in options.items():
         digest.update(f"{layer.name} {layer.signature} {[choice.text for choice in choices]}".encode())
     digest.update(task.data.train.images[:CALIBRATION_IMAGES].numpy().tobytes())
-    digest.update(task.data.validation.images[:EVALUATION_IMAGES].numpy().tobytes())
+    searched, _ = task.data.judges(EVALUATION_IMAGES)
+    digest.update(searched.digest().encode())
+    digest.update(searched.labels.numpy().tobytes())
     digest.update(str(SINGLE_LAYER_IMAGES).encode())
     return digest.hexdigest()[:16]
+
+
+def finetune_recipe(task: Task) -> FinetuneRecipe:
+    """Return how pruned networks are fine-tuned: by distillation alone where the labels are not to be used."""
+    return FinetuneRecipe() if task.metric == "accuracy" else FinetuneRecipe(distill=1.0)
+
+
+def splits_of(data: DataSet) -> Splits:
+    """Return which images a search uses for what; reads all of them, so that a broken file is told of at once."""
+    calibration = data.train.take(MOMENT_IMAGES)
+    searched, judged = data.judges(EVALUATION_IMAGES)
+    digest = hashlib.sha256("".join(part.digest() for part in (calibration, searched, judged)).encode())
+    return Splits(
+        train=len(data.train),
+        calibration=len(calibration),
+        search=len(searched),
+        validation=len(judged),
+        test=len(data.test),
+        seed=data.seed,
+        sha256=digest.hexdigest(),
+    )
 
 
 def pruned_model(task: Task, database: LayerDatabase, choices: Mapping[str, Choice]) -> nn.Module:

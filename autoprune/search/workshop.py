@@ -20,12 +20,12 @@ from autoprune.envs.database import LayerDatabase
 from autoprune.envs.network import layer_of, recalibrate, side_by_side
 from autoprune.search.finals import EVALUATION_BATCH, save_weights
 from autoprune.search.netadapt import Member
-from autoprune.search.setup import CALIBRATION_IMAGES, EVALUATION_IMAGES
+from autoprune.search.setup import CALIBRATION_IMAGES, EVALUATION_IMAGES, finetune_recipe
 from autoprune.tasks.data import DataSet, Split
 from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.task import Task
 from autoprune.tasks.weights import load_weights
-from autoprune.trainers.finetune import FinetuneRecipe, Teacher, finetune
+from autoprune.trainers.finetune import Teacher, finetune
 
 
 class Workshop:
@@ -45,7 +45,7 @@ class Workshop:
         self._seed = seed
         data = task.data
         self._calibration = data.normalize(data.train.images[:CALIBRATION_IMAGES])
-        scored = data.validation.take(EVALUATION_IMAGES)
+        scored, _ = data.judges(EVALUATION_IMAGES)
         self._images, self._labels = data.normalize(scored.images), scored.labels
 
     def dense(self) -> nn.Module:
@@ -70,7 +70,7 @@ class Workshop:
             steps: Optimizer steps.
         """
         models = [copy.deepcopy(parent) for _ in policies]
-        recipe = FinetuneRecipe(epochs=1)
+        recipe = replace(finetune_recipe(self._task), epochs=1)
         data, teacher = self._part(steps * recipe.batch_size), Teacher(self._task.model)
 
         def train(model: nn.Module, choices: Mapping[str, Choice], layer: str) -> float:

@@ -26,9 +26,8 @@ def fgsm(model: nn.Module, pixels: Tensor, labels: Tensor, epsilon: float, data:
     """
     with torch.enable_grad():
         moved = pixels.detach().clone().requires_grad_(True)
-        loss = nn.functional.cross_entropy(
-            main_output(model((moved - data.mean) / data.std)).float(), labels, reduction="sum"
-        )
+        answers = main_output(model(data.scale(moved))).float()
+        loss = nn.functional.cross_entropy(answers, labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, moved)
     return (pixels + epsilon * gradient.sign()).clamp_(0.0, 1.0)
 
@@ -54,6 +53,6 @@ def attacked_accuracy(
         for epsilon in epsilons:
             moved = fgsm(model, pixels, labels, epsilon, data) if epsilon > 0 else pixels
             with torch.no_grad():
-                answers = main_output(model((moved - data.mean) / data.std)).argmax(1)
+                answers = main_output(model(data.scale(moved))).argmax(1)
             right[epsilon] += int((answers == labels).sum())
     return {epsilon: count / len(split) for epsilon, count in right.items()}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.resources
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from autoprune.core.errors import ModelError
 from autoprune.tasks.data import DataSet, load_data
+from autoprune.tasks.metrics import Metric, labelled_by, metric_of
 from autoprune.tasks.names import parse_model
 from autoprune.tasks.networks import network_for
 from autoprune.tasks.outputs import check_logits
+from autoprune.tasks.preprocessing import prepared
 from autoprune.tasks.weights import load_weights
 
 
@@ -26,6 +29,8 @@ class Task:
         model: Trained dense network, eval mode, float32.
         example: One normalised image ``(1, C, H, W)`` float32.
         data: Images and splits.
+        metric: ``accuracy``, or ``agreement`` with the dense network, which needs no labels.
+        evaluate: The user's own judge of finalists: a network in, a score out, more being better.
     """
 
     name: str
@@ -33,6 +38,13 @@ class Task:
     model: nn.Module
     example: Tensor
     data: DataSet
+    metric: Metric = "accuracy"
+    evaluate: Callable[[nn.Module], float] | None = None
+
+    @property
+    def scored_by(self) -> str:
+        """What the figures of finalists are: ``accuracy``, ``agreement`` or ``score``."""
+        return "score" if self.evaluate is not None else self.metric
 
 
 def load_task(model: str, data: str, *, data_dir: Path | None = None, weights: Path | None = None) -> Task:
@@ -47,6 +59,7 @@ def load_task(model: str, data: str, *, data_dir: Path | None = None, weights: P
         UnknownName: No such model or data set.
         ModelError: There is no checkpoint for this model inside the package and none was given.
     """
+    data = prepared(data, model)
     data_set = load_data(data, data_dir)
     example = data_set.normalize(data_set.validation.images[:1])
     network = network_for(model, example, data_set.classes)
@@ -64,3 +77,21 @@ def load_task(model: str, data: str, *, data_dir: Path | None = None, weights: P
                 )
             load_weights(network, path)
     return Task(data, name.text, network.eval(), example, data_set)
+
+
+def judged_task(task: Task, metric: str | None = None) -> Task:
+    """Return the task ready to be searched: by accuracy, or by agreement with its dense network.
+
+    Args:
+        task: Its own metric counts where ``metric`` is None.
+        metric: ``accuracy`` or ``agreement``.
+    Raises:
+        UnknownName: No such metric.
+        DataError: Accuracy is asked of images without labels, and no own ``evaluate`` stands in for it.
+    """
+    wanted = metric or task.metric
+    if task.evaluate is not None and not task.data.labelled:
+        wanted = "agreement"  # the search's own signal; finalists are judged by the user's function
+    found = metric_of(wanted, task.data)
+    data = labelled_by(task.model, task.data) if found == "agreement" else task.data
+    return replace(task, metric=found, data=data)

@@ -27,7 +27,7 @@ class FinetuneRecipe:
         batch_size: Images a step.
         peak_lr: Highest learning rate of the cycle.
         rise: Fraction of the steps in which it rises.
-        distill: Weight of the dense network's outputs against the labels, 0..1.
+        distill: Weight of the dense network's outputs against the labels, 0..1; with 1 no labels are needed.
         temperature: Of the distillation.
         shift: Largest random shift in pixels.
         precision: ``bf16`` autocast or ``fp32``.
@@ -96,7 +96,7 @@ def finetune(
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for step in range(steps):
-        if step % (len(data.train) // recipe.batch_size) == 0:
+        if step % max(1, len(data.train) // recipe.batch_size) == 0:
             order = torch.randperm(len(data.train), generator=generator)
             start = 0
         index = order[start : start + recipe.batch_size]
@@ -126,5 +126,7 @@ def _loss(logits: Tensor, target: Tensor, labels: Tensor, recipe: FinetuneRecipe
     soft = nn.functional.kl_div(
         torch.log_softmax(logits / t, 1), torch.log_softmax(target / t, 1), log_target=True, reduction="batchmean"
     )
+    if recipe.distill >= 1.0:
+        return t * t * soft
     hard = nn.functional.cross_entropy(logits, labels)
     return recipe.distill * t * t * soft + (1.0 - recipe.distill) * hard

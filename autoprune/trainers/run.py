@@ -30,8 +30,9 @@ from autoprune.lut.gpu_bench import bench_graphs
 from autoprune.search_spaces.trace import trace
 from autoprune.search_spaces.uniform import uniform_policy
 from autoprune.tasks.data import DataSet, load_data
-from autoprune.tasks.metrics import accuracy
+from autoprune.tasks.metrics import accuracy, metric_of
 from autoprune.tasks.networks import network_for
+from autoprune.tasks.preprocessing import prepared
 from autoprune.tasks.weights import load_weights
 from autoprune.trainers.dead_channels import eliminate_dead_channels
 from autoprune.trainers.loop import Epoch, Pruning, Trained, train, write_metrics
@@ -159,7 +160,8 @@ def follow_training(request: TrainRequest, run: RunDir) -> None:
 
 def _prepare(request: TrainRequest) -> tuple[nn.Module, nn.Module | None, DataSet]:
     """Return the model with its first weights, its dense control if one is wanted, and the data."""
-    data = load_data(request.data, request.data_dir, full=not request.embedded)
+    data = load_data(prepared(request.data, request.model), request.data_dir, full=not request.embedded)
+    metric_of("accuracy", data)  # training needs labels
     model = _first_weights(request, data)
     if request.policy is None:
         return model, None, data
@@ -199,7 +201,7 @@ def make_uniform(model: str, data: str, texts: Sequence[str]) -> Policy:
         model, data: Names as on the command line.
         texts: Choices in their text form; each layer takes the first that fits.
     """
-    data_set = load_data(data)
+    data_set = load_data(prepared(data, model))
     example = data_set.normalize(data_set.validation.images[:1])
     layers = trace(network_for(model, example, data_set.classes), example)
     return uniform_policy(layers, texts, model=model)

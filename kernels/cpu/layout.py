@@ -77,12 +77,12 @@ def gradient_cover(height: int, width: int, entries: int, registers: int) -> tup
         spilt = max(0, pixels - (registers - 3))
         loop = max((pixels + spilt + 2) * LOAD_CYCLES, pixels * FMA_CYCLES) + 1.0
         prices[variant] = entries * loop + TILE_CYCLES + pixels * LOAD_CYCLES
-    return _cover(height, width, GRADIENT_TILES, prices)
+    return _cover(height, width, GRADIENT_TILES, prices)[1]
 
 
 def _cover(
     height: int, width: int, shapes: tuple[BlockTile, ...], prices: dict[int, float]
-) -> tuple[tuple[int, int, int], ...]:
+) -> tuple[float, tuple[tuple[int, int, int], ...]]:
     columns = {}
     for cols in {shapes[v].cols for v in prices}:
         pieces = {v: (shapes[v].rows, cost) for v, cost in prices.items() if shapes[v].cols == cols}

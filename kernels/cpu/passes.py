@@ -123,7 +123,7 @@ def run_pass(record: int, first: int, last: int) -> None:
         for index in range(peek(record + 8 * Pass.N_IN)):
             _copy_map(peek(record + 8 * Pass.IN) + 8 * MAP_FIELDS * index, image, True)
         for index in range(peek(record + 8 * Pass.N_ROWS)):
-            step(peek(record + 8 * Pass.ROWS) + ROW_BYTES * index, 0, 0, 1, 0, 1, 0, 0)
+            step(peek(record + 8 * Pass.ROWS) + ROW_BYTES * index, 0, 0, 1, 0, 1, 0, 0, 0, 0)
         for index in range(peek(record + 8 * Pass.N_OUT)):
             _copy_map(peek(record + 8 * Pass.OUT) + 8 * MAP_FIELDS * index, image, False)
         for index in range(peek(record + 8 * Pass.N_GRADIENTS)):

@@ -22,6 +22,7 @@ from autoprune.core.errors import ModelError
 from autoprune.core.layers import LayerSpec
 from autoprune.kernels.cpu.assemble import assemble
 from autoprune.kernels.cpu.assemble_common import Row, Work
+from autoprune.kernels.cpu.bands import ALONE
 from autoprune.kernels.cpu.engine import ENTER, PASS
 from autoprune.kernels.cpu.layout import gradient_cover
 from autoprune.kernels.cpu.memory import Buffer, Memory
@@ -90,7 +91,7 @@ class Convolve:
         self.x, self.out = MapPlace(self.memory, x), MapPlace(self.memory, out)
         zeros = np.zeros(layer.filters, np.float32)
         work, block = Work(), LANES
-        rows, _ = assemble(Conv(x, out, layer, numbered, zeros, kernel, Epilogue(), block), self.memory, work)
+        rows, _ = assemble(Conv(x, out, layer, numbered, zeros, kernel, Epilogue(), block), self.memory, work, ALONE)
         _place_work(rows, work, self.memory)
         self.rows = table_of(rows, self.memory)
         self.n_rows = len(rows)
