@@ -277,7 +277,8 @@ def test_conversion_leaves_the_model_alone() -> None:
 
 def test_threads_do_not_change_the_result() -> None:
     model, x = resnet(), _inputs(3, (1, 12, 12))
-    assert torch.equal(convert(model, {}, x, threads=2)(x), convert(model, {}, x)(x))
+    # Two threads cut each map into bands, whose tiles add up in another order.
+    torch.testing.assert_close(convert(model, {}, x, threads=2)(x), convert(model, {}, x)(x), rtol=1e-5, atol=1e-5)
 
 
 def test_large_batches_run_in_equal_parts_that_fit_a_cache() -> None:
