@@ -23,7 +23,6 @@ from autoprune.kernels.triton.layers import ELLConv2d, ELLOptions
 from autoprune.kernels.triton.shapes import EllShape
 from autoprune.kernels.triton.spmm_layers import SparseConv2d, SparseLinear
 
-
 _SLACK = 1.1
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from autoprune.core.policy import Policy
     from autoprune.lut.bench import BenchResult
-    from autoprune.lut.table import LatencyTable
     from autoprune.tasks.task import Task
 
 

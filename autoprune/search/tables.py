@@ -138,6 +138,8 @@ def build_tables(
     stage: Stage,
     note: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
+    *,
+    failed: Callable[[Job, Exception], None] | None = None,
 ) -> list[LatencyTable]:
     """Measure, calibrate and save every job's table; a file that exists is completed.
 
@@ -147,6 +149,8 @@ def build_tables(
         stage: From a stage's name to its callback for (rows done, rows in all).
         note: Told of stages without steps.
         clock: Seconds that pass.
+        failed: Told of a job whose table could not be finished; the others go on, and its table is not returned.
+            Without it the first failure is raised.
     Raises:
         TableMismatch: A file that exists is of another context.
         MeasurementError: A layer does not run.
@@ -166,7 +170,13 @@ def build_tables(
                        for other in subjects[index:]]
             limit = max(0.0, request.limit_s - (clock() - start)) * lacking[0] / sum(lacking)
         pace = Pace(None if limit is None else (1.0 - _KEPT_BACK) * limit, clock)
-        table = _one(subject, request, pace, stage, note)
+        try:
+            table = _one(subject, request, pace, stage, note)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(subject.job, error)
+            continue
         pool.update(table.rows)
         tables.append(table)
     return tables

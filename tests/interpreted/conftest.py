@@ -7,6 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from old_interpreter import repair  # noqa: E402
+from old_interpreter import repair
 
 repair()
