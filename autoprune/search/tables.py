@@ -25,6 +25,7 @@ from autoprune.lut.build import Bench, Pace, images_at_once
 from autoprune.lut.context import Context
 from autoprune.lut.deploy import Deploy, deployer
 from autoprune.lut.embedded import place_name
+from autoprune.lut.gpu_channels import with_narrowed
 from autoprune.lut.measure import interleaved_us
 from autoprune.lut.memory import map_bytes
 from autoprune.lut.row import Row, Whole
@@ -211,6 +212,10 @@ def _one(
         pace=pace,
         bench=bench,
     )
+    if bench is not None:
+        # By falling share of the dense network's time, as choices are measured.
+        ranked = [layer for layer, _ in build.by_share(subject.wanted, bench)]
+        table = with_narrowed(table, ranked, bench, pace)
     if table.calibration is None:
         note(f"calibration of {job.model} at batch {job.batch}: {request.networks} networks")
         network = Network(job.model, subject.model, subject.example, subject.layers)
