@@ -263,6 +263,9 @@ def test_search_deploys_and_times_networks_on_the_tables_device(
         assert torch.allclose(network(x), pruned(x), atol=1e-4, rtol=1e-4)
     kernels = {layer: kernel for layer, _, kernel, _ in network.explain()}
     assert all(kernels[name] == "ell" for name in chosen)
+    profile = network.profile_us(2)
+    assert {layer.name for layer in wanted} <= set(profile)
+    assert min(profile.values()) > 0.0
     times, dense_us = deployer.compare_us({"one": network, "two": network})
     assert set(times) == {"one", "two"}
     assert min(*times.values(), dense_us) > 0.0
