@@ -6,8 +6,9 @@ the whole network holds no more launches than the plan has operations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -99,6 +100,21 @@ class FusedNetwork(nn.Module):
             for index in self._last.get(position, ()):
                 del maps[index]
         return self._inner(maps, self.plan.output).reshape(batch, *self.plan.output_shape)
+
+    def steps(self, x: Tensor) -> list[tuple[str, Callable[[], Tensor]]]:
+        """Return each operation by name, as a call that repeats it on what it reads for an input; all maps stay alive.
+
+        Args:
+            x: As of ``forward``.
+        """
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        maps: dict[int, Tensor] = {self.plan.input.index: x}
+        found: list[tuple[str, Callable[[], Tensor]]] = []
+        for op in self.plan.ops:
+            found.append((op.name, partial(self._run, op, dict(maps))))
+            maps[op.out.index] = self._run(op, maps)
+        return found
 
     def _inner(self, maps: Mapping[int, Tensor], value: Value, halo: tuple[int, int] = (0, 0)) -> Tensor:
         """Return a map with ``halo`` of its border, which it has at least where a producer wrote one."""

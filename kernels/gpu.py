@@ -1,4 +1,4 @@
-"""A network deployed on a GPU: its plan as one fused network, or PyTorch's own code with its sparse layers replaced."""
+"""A network deployed on a GPU: its plan as one fused network, or PyTorch's code with its sparse layers replaced."""
 
 from __future__ import annotations
 

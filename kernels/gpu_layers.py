@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoprune.core.choices import Channels, Choice, Dense
 from autoprune.core.layers import LayerSpec
 from autoprune.core.registry import unknown_name
-from autoprune.kernels.formats.ell import BlockELL, Tile
+from autoprune.kernels.formats.ell import BlockELL, Tile, padded
 from autoprune.kernels.semi_structured import SemiStructuredLayer
 from autoprune.kernels.triton.configs import Config, Launch, all_configs, candidates
 from autoprune.kernels.triton.layers import ELLConv2d, ELLOptions
@@ -24,6 +24,7 @@ from autoprune.kernels.triton.shapes import EllShape
 from autoprune.kernels.triton.spmm_layers import SparseConv2d, SparseLinear
 
 _SLACK = 1.1
+_WIDTH_STEP = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +84,14 @@ def tensor_bytes(tensors: Sequence[Tensor | None]) -> int:
 
 
 def narrowed(source: Source) -> Source:
-    """Return the layer without the filters that its choice removes; as it is for any other choice."""
+    """Return the layer without the filters that its choice removes; as it is for any other choice.
+
+    The width is padded to a multiple of 32 with filters that would have gone: dense kernels are no faster below.
+    """
     layer, choice = source.layer, source.choice
     if not isinstance(choice, Channels):
         return source
-    width = choice.width(layer.filters)
+    width = min(layer.filters, padded(choice.width(layer.filters), _WIDTH_STEP))
     layer = replace(layer, weight_shape=(width, *layer.weight_shape[1:]))
     return replace(source, layer=layer, choice=Dense(), weight=source.weight[:width], bias=source.bias[:width])
 

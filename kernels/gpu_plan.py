@@ -1,4 +1,4 @@
-"""From what dispatch decided to the modules of a fused network: which kernel runs each layer, and who writes borders."""
+"""From what dispatch decided to the modules of a fused network: each layer's kernel, and who writes borders."""
 
 from __future__ import annotations
 

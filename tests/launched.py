@@ -1,7 +1,7 @@
-"""Rows of a GPU measured with a fake driver: every launch of a timer is made, compiles what it needs, and runs nothing.
+"""Rows of a GPU measured with a fake driver: a timer makes every launch, which compiles what it needs and runs nothing.
 
-``python launched.py ARCH CACHE [few]`` prints the kernels that had to be compiled and those that Triton's cache held. The
-operators' CPU forms are replaced by their CUDA ones; tensors stay on the CPU, and nothing reads what kernels "wrote".
+``python launched.py ARCH CACHE [few]`` prints the kernels that had to be compiled and those found in Triton's cache.
+The operators' CPU forms are replaced by their CUDA ones; tensors stay on the CPU; nothing reads what kernels "wrote".
 """
 
 from __future__ import annotations

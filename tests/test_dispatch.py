@@ -339,9 +339,10 @@ class _RingTable(_Always):
     def row(self, layer: LayerSpec, choice: Choice) -> Row:  # type: ignore[override]
         found = super().row(layer, choice)
         config = candidates(layer, 1, torch.float32)[0].text if layer.op == "conv" else ""
+        kernel, own = ("dense", "nchw") if found.kernel == "cudnn" else (found.kernel, "")
         return Row(
-            p10=1.0, p50=found.p50, p90=9.0, weight_bytes=1, kernel="dense" if found.kernel == "cudnn" else found.kernel,
-            config="nchw" if found.kernel == "cudnn" else "", ring_us=10.0, ring_config=config, pad_us=3.0,
+            p10=1.0, p50=found.p50, p90=9.0, weight_bytes=1, kernel=kernel, config=own, ring_us=10.0,
+            ring_config=config, pad_us=3.0,
         )
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoprune.core.choices import Pattern
 from autoprune.core.errors import ModelError
 from autoprune.core.layers import LayerSpec
 from autoprune.kernels.formats.ell import BlockELL, Tile
@@ -24,9 +25,10 @@ from autoprune.kernels.triton.configs import (
     default_tile,
 )
 from autoprune.kernels.triton.convolution import ELLLayout, ell_conv2d
-from autoprune.kernels.triton.layers import ELLConv2d, ELLOptions
+from autoprune.kernels.triton.layers import ELLConv2d, ELLOptions, best_transpose
 from autoprune.kernels.triton.ops import ell_conv, ell_pad, ell_repack
 from autoprune.kernels.triton.shapes import EllShape
+from autoprune.sparsity.masks import make_mask
 
 _TILE = Tile(32, 32)
 
@@ -181,6 +183,28 @@ def test_autocast_computes_in_its_dtype_and_gradients_return_in_the_masters(dtyp
     y.sum().backward()
     assert ell.weight.grad is not None
     assert ell.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("share", "kernels", "tile"),
+    [((64, 8), 1.0, None), ((64, 8), 0.5, None), ((64, 64), 1.0, 128), ((64, 64), 0.5, 128), ((32, 32), 0.25, 32)],
+)
+def test_input_gradient_is_sparse_where_the_mask_is_shared_by_enough_channels(
+    share: tuple[int, int], kernels: float, tile: int | None
+) -> None:
+    """By count: an unshared tile of the transposed pack multiplies nearly all of the layer."""
+    torch.manual_seed(0)
+    weight = torch.randn(256, 256, 3, 3)
+    mask = make_mask(weight, Pattern(count=8, entries=4, kernels=kernels, share=share), balance="filter")
+    packed = BlockELL.pack(weight.bfloat16(), mask, Tile(64, 64))
+    back = best_transpose(packed)
+    assert (None if back is None else back.tile.filters) == tile
+    if back is None:
+        # Seven to nine times in ten some channel of a tile keeps what the others drop.
+        assert all(packed.transpose(Tile(bn, 64)).density > 0.7 for bn in (32, 64, 128))
+    else:
+        assert back.density < 0.62
+        assert torch.equal(back.unpack(), packed.unpack().flip(2, 3).transpose(0, 1))
 
 
 def test_wrong_inputs_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""What benchmarks of a GPU promise: one procedure for deployed and dense, on a host's clock here, and rows that say where."""
+"""What benchmarks of a GPU promise: one procedure for deployed and dense, and rows that say where they are from."""
 
 from __future__ import annotations
 

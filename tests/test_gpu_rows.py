@@ -8,15 +8,16 @@ from networks import PLANNED, resnet
 from torch import nn
 
 from autoprune.core.choices import NM, Block, Channels, Choice, Dense, Fine
-from autoprune.core.errors import MeasurementError, UnknownName
+from autoprune.core.errors import MeasurementError, MissingLatency, UnknownName
 from autoprune.core.layers import LayerSpec
 from autoprune.kernels.fused import FusedNetwork, activation_bytes
 from autoprune.kernels.gpu_layers import LayerModule, Place, Source, build_layer
 from autoprune.kernels.plan import build_plan
-from autoprune.lut.build import build_table
+from autoprune.lut.build import Pace, build_table
 from autoprune.lut.calibrate import calibrate
 from autoprune.lut.context import Context
 from autoprune.lut.deploy import masked_copy
+from autoprune.lut.gpu_channels import narrowed_layers, narrowed_us, widths, with_narrowed
 from autoprune.lut.gpu_deploy import GpuDeployer, dense_forms, gpu_plan, network_us
 from autoprune.lut.gpu_families import SemiFamily, Variant
 from autoprune.lut.gpu_rows import GpuBench
@@ -117,7 +118,10 @@ def test_removed_channels_are_a_smaller_convolution() -> None:
     weight, bias = torch.randn(CONV.weight_shape), torch.zeros(32)
     layer = build_layer("dense", "nhwc", Source(CONV, Channels(0.25), weight, bias), CPU)
     with torch.no_grad():
-        assert layer(torch.randn(1, 16, 12, 12)).shape == (1, 8, 12, 12)
+        assert layer(torch.randn(1, 16, 12, 12)).shape == (1, 32, 12, 12)  # no kernel is faster below 32
+        wide = LayerSpec("w", "conv", (128, 16, 3, 3), padding=(1, 1), input_hw=(4, 4), output_hw=(4, 4))
+        source = Source(wide, Channels(0.4), torch.randn(wide.weight_shape), torch.zeros(128))
+        assert build_layer("dense", "nhwc", source, CPU)(torch.randn(1, 16, 4, 4)).shape == (1, 64, 4, 4)
     with pytest.raises(UnknownName, match=r"no kernel 'dens'\. Did you mean 'dense'"):
         build_layer("dens", "", Source(CONV, Dense(), weight, bias), CPU)
 
@@ -155,6 +159,30 @@ def test_choice_that_no_kernel_runs_says_so_and_a_dense_layer_must_run() -> None
     broken = LayerSpec("odd", "conv", (16, 16, 3, 3), groups=3, input_hw=(8, 8), output_hw=(8, 8))
     with pytest.raises(MeasurementError, match=r"layer 'odd'.*dense nhwc"):
         _bench().measure(broken, [Dense()], None)
+
+
+def test_narrower_forms_are_measured_in_steps_of_32_and_a_width_between_takes_the_best_wider_row() -> None:
+    assert widths(512) == (512, 384, 256, 128)
+    assert widths(64) == (64, 32)
+    assert widths(96) == (96, 64, 32)
+    assert widths(16) == (16,)
+    layer = LayerSpec("a", "conv", (64, 96, 3, 3), padding=(1, 1), input_hw=(6, 6), output_hw=(6, 6))
+    forms = narrowed_layers(layer)
+    assert {(form.filters, form.channels) for form in forms} == {
+        (64, 64), (64, 32), (32, 96), (32, 64), (32, 32)
+    }
+    bench = _bench()
+    table = build_table({layer: ()}, CONTEXT, bench=bench)
+    stopped = with_narrowed(table, [layer], bench, Pace(1e-9))
+    assert set(stopped.rows) == set(table.rows)
+    table = with_narrowed(table, [layer], bench, Pace())
+    assert len(table.rows) == 6
+    assert with_narrowed(table, [layer], bench, Pace()).rows == table.rows
+    rows = {(form.filters, form.channels): table.layer_us(form, Dense()) for form in (layer, *forms)}
+    assert narrowed_us(table, layer, 40, 65) == min(rows[64, 96], 1e9)
+    assert narrowed_us(table, layer, 32, 33) == min(rows[64, 96], rows[64, 64], rows[32, 96], rows[32, 64])
+    with pytest.raises(MissingLatency, match="3 filters of 4 channels"):
+        narrowed_us(LatencyTable(CONTEXT), layer, 3, 4)
 
 
 class Offering:
@@ -235,6 +263,9 @@ def test_search_deploys_and_times_networks_on_the_tables_device(
         assert torch.allclose(network(x), pruned(x), atol=1e-4, rtol=1e-4)
     kernels = {layer: kernel for layer, _, kernel, _ in network.explain()}
     assert all(kernels[name] == "ell" for name in chosen)
+    profile = network.profile_us(2)
+    assert {layer.name for layer in wanted} <= set(profile)
+    assert min(profile.values()) > 0.0
     times, dense_us = deployer.compare_us({"one": network, "two": network})
     assert set(times) == {"one", "two"}
     assert min(*times.values(), dense_us) > 0.0

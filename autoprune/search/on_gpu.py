@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +18,11 @@ from autoprune.kernels.fused import FusedNetwork
 from autoprune.kernels.gpu_layers import Place
 from autoprune.lut.gpu_deploy import GpuDeployer, dense_forms, gpu_plan, network_us
 from autoprune.lut.gpu_rows import kernel_settings
-from autoprune.lut.gpu_timer import Backend
+from autoprune.lut.gpu_timer import Backend, samples_us
 from autoprune.lut.table import LatencyTable
 from autoprune.search.deploy import Deployer, References
+
+_LAUNCHES = 10
 
 
 class OnDevice(DeployedModel):
@@ -30,13 +33,19 @@ class OnDevice(DeployedModel):
         decisions: One per convolution and linear layer.
         example: A batch (N, C, H, W) float32 on the CPU.
         place: Device and dtype of the network.
+        backend: Times single operations; None where none shall be.
     """
 
     def __init__(
-        self, network: FusedNetwork, decisions: tuple[Decision, ...], example: Tensor, place: Place
+        self,
+        network: FusedNetwork,
+        decisions: tuple[Decision, ...],
+        example: Tensor,
+        place: Place,
+        backend: Backend | None = None,
     ) -> None:
         super().__init__(decisions, example)
-        self.network, self.place = network, place
+        self.network, self.place, self.backend = network, place, backend
         self.input = example.to(place.device, place.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,6 +57,18 @@ class OnDevice(DeployedModel):
     def run(self) -> object:
         """Run the network once on the example where it is."""
         return self.network(self.input)
+
+    def profile_us(self, repeats: int = 5) -> dict[str, float]:
+        """Return the median µs of every operation of the deployed network, by name, each replayed as a graph.
+
+        Raises:
+            ModelError: There is no backend to time them.
+        """
+        if self.backend is None:
+            return super().profile_us(repeats)
+        with kernel_settings():
+            steps = self.network.steps(self.input)
+            return {name: float(np.median(samples_us(run, self.backend, _LAUNCHES, repeats))) for name, run in steps}
 
 
 @dataclass(frozen=True)
@@ -66,7 +87,7 @@ class DeviceDeployer(Deployer):
         """Return the deployed form of a model already pruned by ``choices``."""
         maker = GpuDeployer(gpu_plan(model, self.example), self.example, self.table, masked=True)
         decisions = tuple(decide(self.table, layer, choices.get(layer.name, Dense())) for layer in self.layers)
-        return OnDevice(maker.network(choices), decisions, self.example, maker.place)
+        return OnDevice(maker.network(choices), decisions, self.example, maker.place, self.backend)
 
     def compare_us(self, networks: Mapping[str, DeployedModel]) -> tuple[dict[str, float], float]:
         """Time networks and the fastest dense execution, one after another.

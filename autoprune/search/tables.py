@@ -27,6 +27,7 @@ from autoprune.lut.context import Context
 from autoprune.lut.cpu_rows import Setting
 from autoprune.lut.deploy import Deploy, deployer
 from autoprune.lut.embedded import place_name
+from autoprune.lut.gpu_channels import with_narrowed
 from autoprune.lut.measure import interleaved_us
 from autoprune.lut.memory import map_bytes
 from autoprune.lut.row import Row, Whole
@@ -145,6 +146,8 @@ def build_tables(
     stage: Stage,
     note: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
+    *,
+    failed: Callable[[Job, Exception], None] | None = None,
 ) -> list[LatencyTable]:
     """Measure, calibrate and save every job's table; a file that exists is completed.
 
@@ -154,6 +157,8 @@ def build_tables(
         stage: From a stage's name to its callback for (rows done, rows in all).
         note: Told of stages without steps.
         clock: Seconds that pass.
+        failed: Told of a job whose table could not be finished; the others go on, and its table is not returned.
+            Without it the first failure is raised.
     Raises:
         TableMismatch: A file that exists is of another context.
         MeasurementError: A layer does not run.
@@ -173,7 +178,13 @@ def build_tables(
                        for other in subjects[index:]]
             limit = max(0.0, request.limit_s - (clock() - start)) * lacking[0] / sum(lacking)
         pace = Pace(None if limit is None else (1.0 - _KEPT_BACK) * limit, clock)
-        table = _one(subject, request, pace, stage, note)
+        try:
+            table = _one(subject, request, pace, stage, note)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(subject.job, error)
+            continue
         pool.update(table.rows)
         tables.append(table)
     return tables
@@ -210,6 +221,10 @@ def _one(
         pace=pace,
         bench=bench,
     )
+    if bench is not None:
+        # By falling share of the dense network's time, as choices are measured.
+        ranked = [layer for layer, _ in build.by_share(subject.wanted, bench)]
+        table = with_narrowed(table, ranked, bench, pace)
     if table.calibration is None:
         note(f"calibration of {job.model} at batch {job.batch}: {request.networks} networks")
         network = Network(

@@ -193,10 +193,14 @@ def default_tile(layer: LayerSpec, batch: int, dtype: torch.dtype) -> Tile:
     return Tile(found[0].bn, found[0].bk)
 
 
+def work_per_result(bn: int, bm: int = 128) -> float:
+    """Return the time of one result of a tile against that of a tile that reuses its loads fully, at least 1."""
+    return 1.0 / min(1.0, bm * bn / (bm + bn) / 64)
+
+
 def _cost(config: Config, work: Work) -> float:
     """Time in units of a 1 × 1 tile at full rate: waves of programs × tile area ÷ how well a tile reuses its loads."""
-    intensity = config.bm * config.bn / (config.bm + config.bn)
-    area = config.bm * config.bn / min(1.0, intensity / 64)
+    area = config.bm * config.bn * work_per_result(config.bn, config.bm)
     if config.kind == "dweight":  # its programs are split until they fill the device
         return area / (config.bm * config.bn)
     programs = cdiv(work.pixels, config.bm) * cdiv(work.filters, config.bn)

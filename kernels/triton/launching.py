@@ -1,4 +1,4 @@
-"""The one place where kernels are launched, so that the very call that a timer makes can also compile and stop there."""
+"""The one place where kernels are launched, so that the call that a timer makes can also compile and stop there."""
 
 from __future__ import annotations
 

@@ -95,6 +95,7 @@ def _run_spmm(kind: str, config: SpmmConfig, dtype: torch.dtype) -> None:
     one, ends = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
     rows, shape = RowTensors(one, ends, one.clone(), 1), SpmmShape(1, 1, (1, 1))
     if kind == "spmm-forward":
-        launch_forward(x, torch.zeros(1, dtype=dtype), rows, shape, out, bias=torch.zeros(1, dtype=dtype), config=config)
+        values, bias = torch.zeros(1, dtype=dtype), torch.zeros(1, dtype=dtype)
+        launch_forward(x, values, rows, shape, out, bias=bias, config=config)
     else:
         launch_dweight(x, out, rows, shape, config=config)

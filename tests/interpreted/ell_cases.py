@@ -190,6 +190,19 @@ def test_default_configurations_compute_it_too(tile: Tile) -> None:
     problem.close(got, problem.pack.with_weight(problem.gradients()[1]).weight)
 
 
+@pytest.mark.parametrize("tile", [Tile(32, 32), Tile(64, 64)])
+def test_input_gradient_in_another_tile_than_the_forward_pass(tile: Tile) -> None:
+    case = Case(40, 72, (3, 3), (1, 5, 6), padding=(1, 1), epilogue=False, dtype=torch.float16)
+    problem = Problem(case, Tile(64, 32))
+    back = problem.pack.transpose(tile)
+    transposed = (back.groups, back.index_into(problem.pack))
+    dy = ell_run.pad(problem.dy, (0, 0))
+    got = ell_run.input_gradient(
+        dy, problem.x_padded.shape, problem.pack.weight, transposed, problem.shape, Launch()
+    )
+    problem.close(got[:, :72, 1:6, 1:7], problem.gradients()[0])
+
+
 def test_inputs_are_read_where_they_lie_when_they_can_be() -> None:
     problem = Problem(_CASES["no padding"], _TILE)
     n, c, h, w = problem.x.shape
