@@ -175,13 +175,15 @@ class TrainedConv:
         flat = _flat(weight) if wants_x else None
 
         def record(worker: _Worker) -> _Record:
-            maps, out = [], []
+            maps: list[list[int]] = []
+            out: list[list[int]] = []
             back = worker.back if wants_x else None
             gradient = worker.gradient if wants_weight else None
             if back is not None and flat is not None:
                 back.packing.fill(flat)
                 out = [back.out.record(dx)]
-            places = {id(place): place for place in (back and back.x, gradient and worker.dy) if place is not None}
+            wanted = [back.x if back is not None else None, worker.dy if gradient is not None else None]
+            places = {id(place): place for place in wanted if place is not None}
             maps += [place.record(dy) for place in places.values()]
             if gradient is not None:
                 assert worker.x is not None
