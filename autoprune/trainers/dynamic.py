@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ def exchange(alive_U: Tensor, worth_U: Tensor, growth_U: Tensor, drop: int, coun
 class Dynamic(Method):
     """Drop and regrow; subclasses say where units are grown."""
 
-    settings_class = DynamicSettings
+    settings_class: ClassVar[type[Any]] = DynamicSettings
     monotone = False
     kinds = UNIT_KINDS
     needs_gradient: ClassVar[bool] = False

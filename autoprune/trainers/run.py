@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autoprune.core.choices import CK, Block, Channels, Choice, Fine, Tile
-from autoprune.core.errors import DeviceError, ModelError
-from autoprune.core.layers import LayerSpec
+from autoprune.core.errors import DeviceError
 from autoprune.core.policy import Policy
 from autoprune.core.progress import Progress, Silent
 from autoprune.core.rundir import Cache, RunDir, atomic_path, write_text
-from autoprune.kernels.convert import DeployedModel, convert, is_masked
+from autoprune.kernels.convert import DeployedModel, convert
 from autoprune.kernels.gpu import GpuModel, HostModel
 from autoprune.lut.bench import bench_deployed
 from autoprune.lut.context import current_context
@@ -34,10 +31,10 @@ from autoprune.tasks.metrics import accuracy, metric_of
 from autoprune.tasks.networks import network_for
 from autoprune.tasks.preprocessing import prepared
 from autoprune.tasks.weights import load_weights
-from autoprune.trainers.dead_channels import eliminate_dead_channels
 from autoprune.trainers.loop import Epoch, Pruning, Trained, train, write_metrics
 from autoprune.trainers.recipe import Recipe
-from autoprune.trainers.result import Deployment, Savings, TrainedAccuracy, TrainedOn, TrainResult
+from autoprune.trainers.result import Deployment, TrainedAccuracy, TrainResult
+from autoprune.trainers.savings import as_trained, count_savings, final_time_saved
 from autoprune.trainers.schedule import TrainerError
 from autoprune.trainers.steps import StepSettings, StepTable, load_steps, save_steps
 
@@ -128,7 +125,7 @@ def train_policy(request: TrainRequest, run: RunDir, progress: Progress | None =
         epochs=request.recipe.epochs,
         seed=request.seed,
         accuracy=_judge(model, data, trained.log),
-        savings=_savings(trained, model),
+        savings=count_savings(trained, model),
         seconds={"train": sum(entry.seconds for entry in trained.log)},
     )
     if control is not None:
@@ -256,16 +253,7 @@ def _add_control(
     result.seconds["dense control"] = sum(entry.seconds for entry in trained.log)
     if result.savings is not None and result.seconds["dense control"] > 0:
         result.savings.training_time_saved = 1.0 - result.seconds["train"] / result.seconds["dense control"]
-        result.savings.final_time_saved = _final_time_saved(own, trained.log)
-
-
-def _final_time_saved(pruned: list[Epoch], dense: list[Epoch]) -> float | None:
-    """Return the share of time that an epoch under final masks saves; the first one, which also measures, left out."""
-    final = [entry for entry in pruned if entry.sparsity == pruned[-1].sparsity][1:]
-    if not final:
-        return None
-    beside = float(np.median([dense[entry.epoch].seconds for entry in final]))
-    return 1.0 - float(np.median([entry.seconds for entry in final])) / beside if beside > 0 else None
+        result.savings.final_time_saved = final_time_saved(own, trained.log)
 
 
 def _judge(model: nn.Module, data: DataSet, log: list[Epoch]) -> TrainedAccuracy:
@@ -280,63 +268,6 @@ def _judge(model: nn.Module, data: DataSet, log: list[Epoch]) -> TrainedAccuracy
         best_validation=best.validation_accuracy,
         best_epoch=best.epoch,
     )
-
-
-def _savings(trained: Trained, model: nn.Module) -> Savings | None:
-    report = trained.report
-    if report is None:
-        return None
-    counts = report.sparsity
-    return Savings(
-        nominal_sparsity={layer.name: layer.nominal for layer in counts.layers},
-        sparsity={layer.name: layer.sparsity for layer in counts.layers},
-        prunable_sparsity=counts.prunable_sparsity,
-        global_sparsity=counts.global_sparsity,
-        conv_compression=counts.conv_compression,
-        all_compression=counts.all_compression,
-        storage_ratio=counts.storage_ratio,
-        inference_macs_saved=counts.inference_macs_saved,
-        training_macs_saved=report.training_macs_saved,
-        scoring_passes=report.scoring_passes,
-        dead_channels=_dead_channels(model),
-        phases=[(phase.name, phase.first_epoch, phase.steps) for phase in report.phases],
-        trained_on=[
-            TrainedOn(layer=run.layer, kernels=dict(run.kernels), why=run.why, dense_us=run.dense_us,
-                      chosen_us=run.chosen_us)
-            for run in report.layers_run
-        ],
-    )
-
-
-def _dead_channels(model: nn.Module) -> dict[str, int] | None:
-    """Return layer → channels that can leave losslessly; None where the model cannot be traced for them."""
-    try:
-        _, eliminated = eliminate_dead_channels(copy.deepcopy(model).cpu())
-    except ModelError:
-        return None
-    counts: dict[str, int] = {}
-    for found in eliminated:
-        counts[found.layer] = counts.get(found.layer, 0) + len(found.channels)
-    return counts
-
-
-def as_trained(model: nn.Module, policy: Policy) -> dict[str, Choice]:
-    """Return a policy's choices with the density reached in each layer, where a method learnt the split over layers.
-
-    Args:
-        model: Trained under the policy.
-        policy: Its choices of equal units are adjusted where a layer kept more than its own.
-    """
-    found = dict(policy.choices)
-    for name, choice in found.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        weight = layer.weight.detach()
-        shape = tuple(int(size) for size in weight.shape)
-        spec = LayerSpec(name, "conv" if len(shape) == 4 else "linear", shape)
-        if isinstance(choice, Fine | Block | Tile | CK | Channels) and not is_masked(weight, spec, choice):
-            found[name] = replace(choice, keep=int(torch.count_nonzero(weight)) / weight.numel())
-    return found
 
 
 def _deploy(

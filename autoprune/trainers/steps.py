@@ -271,12 +271,11 @@ def _sparse_cases(
 
     forward: Callable[[TrainedConv], Case] = lambda conv: lambda: conv.forward(x, weight, settings.dtype)  # noqa: E731
     offer("csr", "forward", Kernels(forward="csr"), forward)
+    gradient: Callable[[TrainedConv], Case] = lambda conv: lambda: conv.backward(dy, x, weight, False, True)  # noqa: E731
+    offer("csr", "weight gradient", Kernels(weight_gradient="csr"), gradient)
     if blocks:
         offer("block", "forward", Kernels(forward="block"), forward)
-        offer(
-            "block", "weight gradient", Kernels(weight_gradient="block"),
-            lambda conv: lambda: conv.backward(dy, x, weight, False, True),
-        )  # fmt: skip
+        offer("block", "weight gradient", Kernels(weight_gradient="block"), gradient)
     offer(
         "csr", "input gradient", Kernels(input_gradient="csr"),
         lambda conv: lambda: conv.backward(dy, x, weight, True, False),

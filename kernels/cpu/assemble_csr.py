@@ -9,7 +9,7 @@ from autoprune.core.layers import LayerSpec
 from autoprune.kernels.cpu.assemble_common import Row, Work, epilogue, items, target
 from autoprune.kernels.cpu.bands import Share, deal
 from autoprune.kernels.cpu.layout import Strides, round_up
-from autoprune.kernels.cpu.memory import Memory
+from autoprune.kernels.cpu.memory import Buffer, Memory
 from autoprune.kernels.cpu.operations import Conv
 from autoprune.kernels.cpu.planes import PlaneLayout, plan_planes
 from autoprune.kernels.cpu.rows import Field, Op
@@ -32,7 +32,7 @@ def csr_rows(conv: Conv, memory: Memory, work: Work, share: Share) -> tuple[list
     work.image_bytes = max(work.image_bytes, plane * channels)
     # The same for every layer, so that a network's workspace is exactly its largest layer's.
     work.scratch_bytes = max(64 * LANES * tile.vectors for tile in CSR_TILES)
-    sources = _sources(conv, layout, strides)
+    sources = plane_sources(layer, conv.x, layout, strides)
     planar: Row = {
         Field.OP: Op.PLANAR,
         Field.X: memory.base[conv.x.index],
@@ -79,9 +79,8 @@ def _gathers(layer: LayerSpec, layout: PlaneLayout, share: Share, memory: Memory
     return items(np.array([vector for vectors in own for vector in vectors], np.int32), dealt, memory)
 
 
-def _sources(conv: Conv, layout: PlaneLayout, strides: Strides) -> npt.NDArray[np.int32]:
+def plane_sources(layer: LayerSpec, x: Buffer, layout: PlaneLayout, strides: Strides) -> npt.NDArray[np.int32]:
     """Return the byte offset in its image of the pixel that every plane position holds."""
-    layer, x = conv.layer, conv.x
     offsets = []
     for down, right, lead in layout.planes:
         row, col = np.divmod(np.arange(layout.positions) + lead, layout.width)

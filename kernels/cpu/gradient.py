@@ -1,7 +1,9 @@
-"""What training needs beside the tiles of a forward pass: the weight gradient's tile, and bfloat16 in and out.
+"""What training needs beside the tiles of a forward pass: the weight gradients' tiles, and bfloat16 in and out.
 
-The gradient tile is the block tile turned round: the output gradient's vectors (lanes = 16 filters) of rows × columns
+The block gradient is the block tile turned round: the output gradient's vectors (lanes = 16 filters) of rows × columns
 pixels stay in registers, and every kept block adds their products with the broadcast input to its own sums in memory.
+The gradient of single weights works on planes (lanes = 16 pixels): a run of the output gradient of one filter stays in
+registers, and every kept weight adds its products with the same run of one input plane to a vector of its own.
 """
 
 from __future__ import annotations
@@ -57,6 +59,34 @@ def gradient_tile(tile: BlockTile) -> Callable[..., Any]:
         loop(b, count, [], block)
 
     return gradient
+
+
+def gradient_run(vectors: int) -> Callable[..., Any]:
+    """Return the intrinsic ``f(x, dy, offsets, sums, count)`` of a run of ``vectors``.
+
+    ``sums`` holds a vector for each of ``count`` weights, whose lanes are added up at the end; ``offsets`` are the
+    weights' places in the input planes (int32 bytes, multiples of a vector); ``dy`` may lie at any float.
+    """
+
+    @kernel(5)
+    def run(
+        b: ir.IRBuilder, x: ir.Value, dy: ir.Value, offsets: ir.Value, sums: ir.Value, count: ir.Value
+    ) -> None:
+        held = [load(b, b.add(dy, i64(VECTOR_BYTES * v))) for v in range(vectors)]
+
+        def weight(index: ir.Value, nothing: list[ir.Value]) -> list[ir.Value]:
+            here = b.add(sums, b.mul(index, i64(VECTOR_BYTES)))
+            offset = b.sext(load(b, b.add(offsets, b.shl(index, i64(2))), I32), I64)
+            chains = [load(b, here), ZERO] if vectors > 1 else [load(b, here)]
+            for v, vector in enumerate(held):
+                value = load(b, b.add(b.add(x, offset), i64(VECTOR_BYTES * v)))
+                chains[v % _CHAINS] = fma(b, vector, value, chains[v % _CHAINS])
+            store(b, b.fadd(*chains) if vectors > 1 else chains[0], here)
+            return nothing
+
+        loop(b, count, [], weight)
+
+    return run
 
 
 @kernel(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from autoprune.kernels.cpu.shapes import BLOCK_TILES, GRADIENT_TILES, LANES, BlockTile
+from autoprune.kernels.cpu.shapes import BLOCK_TILES, GRADIENT_RUNS, GRADIENT_TILES, LANES, BlockTile
 
 # Cycles, measured on Zen 5: a broadcast or vector load .58, an FMA .5, and what a tile costs around its loop.
 LOAD_CYCLES, FMA_CYCLES, LATENCY_CYCLES, TILE_CYCLES, STORE_CYCLES = 0.58, 0.5, 4.0, 20.0, 1.2
@@ -78,6 +78,26 @@ def gradient_cover(height: int, width: int, entries: int, registers: int) -> tup
         loop = max((pixels + spilt + 2) * LOAD_CYCLES, pixels * FMA_CYCLES) + 1.0
         prices[variant] = entries * loop + TILE_CYCLES + pixels * LOAD_CYCLES
     return _cover(height, width, GRADIENT_TILES, prices)[1]
+
+
+def gradient_runs(vectors: int, entries: float, registers: int) -> tuple[tuple[int, int], ...]:
+    """Return (variant, first vector) of the runs that cover ``vectors`` of a plane in the least predicted time.
+
+    Args:
+        vectors: Of 16 pixels.
+        entries: Mean kept weights per filter.
+        registers: Vectors that fit into the machine's registers.
+    """
+    pieces = {
+        variant: (size, entries * ((size + 3) * LOAD_CYCLES + 1.0) + TILE_CYCLES)
+        for variant, size in enumerate(GRADIENT_RUNS)
+        if size == 1 or size <= registers - 4
+    }
+    runs, first = [], 0
+    for variant in _fill(vectors, pieces)[1]:
+        runs.append((variant, first))
+        first += GRADIENT_RUNS[variant]
+    return tuple(runs)
 
 
 def _cover(

@@ -11,8 +11,8 @@ from enum import IntEnum
 from numba import njit
 
 from autoprune.kernels.cpu.gradient import narrow, narrow_one, widen, widen_one
-from autoprune.kernels.cpu.rows import ROW_BYTES, Field
-from autoprune.kernels.cpu.select import run_gradient_tile
+from autoprune.kernels.cpu.rows import ROW_BYTES, Field, Op
+from autoprune.kernels.cpu.select import run_gradient_run, run_gradient_tile
 from autoprune.kernels.cpu.steps import step
 from autoprune.kernels.cpu.vector import copy_bytes, copy_float, peek, peek32
 
@@ -44,7 +44,7 @@ class Pass(IntEnum):
     N_OUT = 4
     OUT = 5
     N_GRADIENTS = 6
-    GRADIENTS = 7  # address of the gradient rows
+    GRADIENTS = 7  # address of the gradient rows: BLOCK, or PLANAR twice and CSR
 
 
 PASS_FIELDS = 8
@@ -95,6 +95,27 @@ def _copy_map(record: int, image: int, inward: bool) -> None:
 
 
 @njit(nogil=True)
+def _single_gradient(row: int) -> None:
+    """Add one image's share to the vector of every kept weight."""
+    shifts, n_runs = peek(row + 8 * Field.SHIFTS), peek(row + 8 * Field.N_TILES)
+    pointers, entries = peek(row + 8 * Field.POINTERS), peek(row + 8 * Field.ENTRIES)
+    runs, sums, plane = peek(row + 8 * Field.TILES), peek(row + 8 * Field.WEIGHTS), peek(row + 8 * Field.PLANE)
+    for f in range(peek(row + 8 * Field.GROUPS)):
+        dy = peek(row + 8 * Field.OUT) + f * plane
+        for number in range(n_runs):
+            variant, first = peek32(runs + 8 * number), 64 * peek32(runs + 8 * number + 4)
+            for shift in range(shifts):
+                pointer = pointers + 4 * (f * shifts + shift)
+                start = peek32(pointer)
+                count = peek32(pointer + 4) - start
+                if count > 0:
+                    run_gradient_run(
+                        variant, peek(row + 8 * Field.X) + first, dy + first - 4 * shift, entries + 4 * start,
+                        sums + 64 * start, count,
+                    )
+
+
+@njit(nogil=True)
 def _gradient(row: int) -> None:
     """Add one image's share to the sums of every kept block."""
     n_tiles, pointers = peek(row + 8 * Field.N_TILES), peek(row + 8 * Field.POINTERS)
@@ -127,4 +148,11 @@ def run_pass(record: int, first: int, last: int) -> None:
         for index in range(peek(record + 8 * Pass.N_OUT)):
             _copy_map(peek(record + 8 * Pass.OUT) + 8 * MAP_FIELDS * index, image, False)
         for index in range(peek(record + 8 * Pass.N_GRADIENTS)):
-            _gradient(peek(record + 8 * Pass.GRADIENTS) + ROW_BYTES * index)
+            row = peek(record + 8 * Pass.GRADIENTS) + ROW_BYTES * index
+            op = peek(row + 8 * Field.OP)
+            if op == Op.BLOCK:
+                _gradient(row)
+            elif op == Op.CSR:
+                _single_gradient(row)
+            else:
+                step(row, 0, 0, 1, 0, 1, 0, 0)

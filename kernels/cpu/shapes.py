@@ -63,6 +63,8 @@ GRADIENT_TILES = (
     BlockTile(3, 7, 1),
     BlockTile(4, 7, 1),
 )
+# Vectors of 16 pixels that the gradient of single weights holds at a time.
+GRADIENT_RUNS = (1, 4, 7, 13)
 CSR_TILES = (
     CsrTile(1, 4),
     CsrTile(2, 4),

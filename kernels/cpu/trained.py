@@ -24,41 +24,19 @@ from autoprune.kernels.cpu.assemble import assemble
 from autoprune.kernels.cpu.assemble_common import Row, Work
 from autoprune.kernels.cpu.bands import ALONE
 from autoprune.kernels.cpu.engine import ENTER, PASS
-from autoprune.kernels.cpu.layout import gradient_cover
 from autoprune.kernels.cpu.memory import Buffer, Memory
 from autoprune.kernels.cpu.operations import Conv, Epilogue
-from autoprune.kernels.cpu.passes import MAP_FIELDS, PASS_FIELDS, Map, Pass
+from autoprune.kernels.cpu.passes import MAP_FIELDS, PASS_FIELDS, Pass
 from autoprune.kernels.cpu.rows import ROW_FIELDS, Field, Op
-from autoprune.kernels.cpu.shapes import LANES, vector_registers
-from autoprune.kernels.formats import Blocked, aligned
+from autoprune.kernels.cpu.shapes import LANES
+from autoprune.kernels.cpu.weight_gradient import BlockGradient, MapPlace, SingleGradient, address_of
+from autoprune.kernels.formats import aligned
 from autoprune.kernels.formats.packed import transposed_weight
 
 PassKernel = Literal["block", "csr"]
+Gradient = BlockGradient | SingleGradient
 MOST_WEIGHTS = 2**24  # a float32 counts no further one by one
 _SLACK = 4096 + 64
-
-
-@dataclass(frozen=True, slots=True)
-class MapPlace:
-    """A map of one image in a worker's workspace: channels-last, with a halo of zeros."""
-
-    memory: Memory
-    buffer: Buffer
-
-    def record(self, tensor: Tensor | None) -> list[int]:
-        """Return the copying record for a user's (N, C, H, W) channels-last tensor; None leaves the map out."""
-        strides = self.memory.strides[self.buffer.index]
-        shape = (self.buffer.height, self.buffer.width, self.buffer.channels)
-        user, image, half = 0, 0, 0
-        if tensor is not None:
-            user, half = tensor.data_ptr(), int(tensor.dtype == torch.bfloat16)
-            image = int(np.prod(shape)) * tensor.element_size()
-        fields = dict.fromkeys(Map, 0) | {
-            Map.USER: user, Map.IMAGE: image, Map.HALF: half, Map.WORK: self.memory.at(self.buffer),
-            Map.WORK_ROW: strides.row, Map.WORK_STEP: strides.pixel, Map.HEIGHT: shape[0], Map.WIDTH: shape[1],
-            Map.CHANNELS: shape[2],
-        }  # fmt: skip
-        return [fields[name] for name in Map]
 
 
 class _Packing:
@@ -104,54 +82,6 @@ class Convolve:
         return pairs[:, 1].view(np.float32)
 
 
-class WeightGradient:
-    """Sums of the blocks that a mask keeps, over the maps of one worker.
-
-    Args:
-        layer: Of the forward convolution.
-        numbered: As in ``Convolve``, of the forward weight.
-        x: The input in a workspace, haloed by the layer's padding at least.
-        dy: The output gradient in one.
-    """
-
-    def __init__(self, layer: LayerSpec, numbered: npt.NDArray[np.float32], x: MapPlace, dy: MapPlace) -> None:
-        packed = Blocked.pack(numbered, LANES)
-        self.index: npt.NDArray[np.int64] = packed.values.astype(np.int64)
-        self.sums: npt.NDArray[np.float32] = aligned(packed.values.shape, np.float32)  # type: ignore[assignment]
-        self.kept = [packed.row_ptr, self.sums]
-        self.rows = np.zeros((1, ROW_FIELDS), np.int64)
-        for field, value in self._row(layer, packed, x, dy).items():
-            self.rows[0, field] = value
-
-    def _row(self, layer: LayerSpec, packed: Blocked, x: MapPlace, dy: MapPlace) -> Row:
-        xs, ys = x.memory.strides[x.buffer.index], dy.memory.strides[dy.buffer.index]
-        groups, (height, width) = len(packed.row_ptr) - 1, layer.output_hw
-        channel, tap = np.divmod(packed.positions, layer.window[0] * layer.window[1])
-        r, s = np.divmod(tap, layer.window[1])
-        offsets = r * layer.dilation[0] * xs.row + s * layer.dilation[1] * xs.pixel + 4 * channel
-        cover = gradient_cover(height, width, round(len(offsets) / groups), vector_registers())
-        variant, row, col = np.array(cover, np.int64).T
-        stride = layer.stride
-        columns = [variant, row * stride[0] * xs.row + col * stride[1] * xs.pixel, row * ys.row + col * ys.pixel]
-        tiles = np.ascontiguousarray(np.stack([*columns, variant], axis=1).astype(np.int32))
-        entries = offsets.astype(np.int32)
-        self.kept += [tiles, entries]
-        return {
-            Field.X: x.memory.at(x.buffer, -layer.padding[0], -layer.padding[1]),
-            Field.X_ROW: stride[0] * xs.row,
-            Field.X_STEP: stride[1] * xs.pixel,
-            Field.OUT: dy.memory.at(dy.buffer),
-            Field.OUT_ROW: ys.row,
-            Field.OUT_STEP: ys.pixel,
-            Field.TILES: _address(tiles),
-            Field.N_TILES: len(tiles),
-            Field.GROUPS: groups,
-            Field.POINTERS: _address(packed.row_ptr),
-            Field.ENTRIES: _address(entries),
-            Field.WEIGHTS: _address(self.sums),
-        }
-
-
 @dataclass(slots=True)
 class _Worker:
     """What one thread works with; parts that were not asked for are None."""
@@ -160,7 +90,7 @@ class _Worker:
     back: Convolve | None
     x: MapPlace | None
     dy: MapPlace | None
-    gradient: WeightGradient | None
+    gradient: Gradient | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +99,7 @@ class Kernels:
 
     forward: PassKernel | None = None
     input_gradient: PassKernel | None = None
-    weight_gradient: Literal["block"] | None = None
+    weight_gradient: PassKernel | None = None
 
 
 class TrainedConv:
@@ -180,7 +110,7 @@ class TrainedConv:
     Args:
         layer: As traced; its ``input_hw`` is the only input size that it takes.
         mask: (K, C, R, S) boolean.
-        kernels: Per direction; the weight gradient has ``block`` only, for any mask.
+        kernels: Per direction; any of them runs any mask.
         threads: That share the images of a batch.
     Raises:
         ModelError: No kernel can run this layer; see ``refusal``.
@@ -210,8 +140,10 @@ class TrainedConv:
             back = Convolve(transposed_layer(layer), turned, kernels.input_gradient)
         if kernels.weight_gradient is not None:
             x = _place(layer.channels, layer.input_hw, max(layer.padding))
-            dy = back.x if back is not None else _place(layer.filters, layer.output_hw, 0)
-            gradient = WeightGradient(layer, numbered, x, dy)
+            haloed = back is not None and back.x.buffer.halo > 0
+            dy = back.x if back is not None and haloed else _place(layer.filters, layer.output_hw, 1)
+            kind = BlockGradient if kernels.weight_gradient == "block" else SingleGradient
+            gradient = kind(layer, numbered, x, dy)
         return _Worker(forward, back, x, dy, gradient)
 
     def forward(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -244,15 +176,16 @@ class TrainedConv:
         flat = _flat(weight) if wants_x else None
 
         def record(worker: _Worker) -> _Record:
-            maps, out = [], []
+            maps: list[list[int]] = []
+            out: list[list[int]] = []
             back = worker.back if wants_x else None
             gradient = worker.gradient if wants_weight else None
             if back is not None and flat is not None:
                 back.packing.fill(flat)
                 out = [back.out.record(dx)]
-            place = back.x if back is not None else worker.dy
-            assert place is not None
-            maps.append(place.record(dy))
+            wanted = [back.x if back is not None else None, worker.dy if gradient is not None else None]
+            places = {id(place): place for place in wanted if place is not None}
+            maps += [place.record(dy) for place in places.values()]
             if gradient is not None:
                 assert worker.x is not None
                 gradient.sums[...] = 0
@@ -266,7 +199,8 @@ class TrainedConv:
     def _gathered(self) -> Tensor:
         first = self._workers[0].gradient
         assert first is not None
-        total = sum((w.gradient.sums for w in self._workers[1:] if w.gradient is not None), start=first.sums)
+        rest = (worker.gradient.collected() for worker in self._workers[1:] if worker.gradient is not None)
+        total = sum(rest, start=first.collected())
         flat = np.zeros(self.layer.weights + 1, np.float32)
         flat[first.index] = total
         return torch.from_numpy(flat[1:].reshape(self.layer.weight_shape))
@@ -290,22 +224,22 @@ class _Record:
     """The int64 record of a pass, and all that its addresses point to."""
 
     def __init__(
-        self, maps: list[list[int]], convolve: Convolve | None, out: list[list[int]], gradient: WeightGradient | None
+        self, maps: list[list[int]], convolve: Convolve | None, out: list[list[int]], gradient: Gradient | None
     ) -> None:
         self._maps = np.array(maps, np.int64).reshape(-1, MAP_FIELDS)
         self._out = np.array(out, np.int64).reshape(-1, MAP_FIELDS)
         fields = {
             Pass.N_IN: len(maps),
-            Pass.IN: _address(self._maps),
+            Pass.IN: address_of(self._maps),
             Pass.N_ROWS: 0 if convolve is None else convolve.n_rows,
             Pass.ROWS: 0 if convolve is None else convolve.rows,
             Pass.N_OUT: len(out),
-            Pass.OUT: _address(self._out),
-            Pass.N_GRADIENTS: int(gradient is not None),
-            Pass.GRADIENTS: 0 if gradient is None else _address(gradient.rows),
+            Pass.OUT: address_of(self._out),
+            Pass.N_GRADIENTS: 0 if gradient is None else len(gradient.rows),
+            Pass.GRADIENTS: 0 if gradient is None else address_of(gradient.rows),
         }
         self._fields = np.array([fields[Pass(index)] for index in range(PASS_FIELDS)], np.int64)
-        self.address = _address(self._fields)
+        self.address = address_of(self._fields)
 
 
 def refusal(layer: LayerSpec, kernels: Kernels = Kernels()) -> str | None:
@@ -357,10 +291,6 @@ def _place_work(rows: list[Row], work: Work, memory: Memory) -> None:
 def _place(channels: int, size: tuple[int, int], halo: int) -> MapPlace:
     buffer = Buffer(0, 1, channels, *size, halo)
     return MapPlace(Memory([buffer], set()), buffer)
-
-
-def _address(array: npt.NDArray[np.generic]) -> int:
-    return int(array.ctypes.data)
 
 
 def _channels_last(x: Tensor) -> Tensor:
