@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autoprune.core.choices import CK, Block, Channels, Choice, Fine, Tile
+from autoprune.core.choices import CK, Block, Channels, Choice, Fine, Tile, parse_choice
 from autoprune.core.errors import DeviceError, ModelError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
@@ -25,6 +25,7 @@ from autoprune.kernels.convert import convert, is_masked
 from autoprune.lut.bench import bench_deployed
 from autoprune.search_spaces.trace import trace
 from autoprune.search_spaces.uniform import uniform_policy
+from autoprune.sparsity.channel_graph import channel_groups
 from autoprune.tasks.data import DataSet, load_data
 from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.models import build_model, load_weights
@@ -153,7 +154,11 @@ def _prepare(request: TrainRequest) -> tuple[nn.Module, nn.Module | None, DataSe
     model = _first_weights(request, data)
     if request.policy is None:
         return model, None, data
-    request.policy.check_model(trace(model, data.normalize(data.validation.images[:1])))
+    example = data.normalize(data.validation.images[:1]).to(next(model.parameters()).device)
+    request.policy.check_model(trace(model, example))
+    if any(isinstance(choice, Channels) for choice in request.policy.choices.values()):
+        # Found out now, not when the trained network is made smaller.
+        channel_groups(model, example).coupling.kept(request.policy.choices)
     return model, copy.deepcopy(model) if request.control else None, data
 
 
@@ -187,8 +192,10 @@ def make_uniform(model: str, data: str, texts: Sequence[str]) -> Policy:
     """
     data_set = load_data(data)
     network = build_model(model, data_set.train.images.shape[1], data_set.classes)
-    layers = trace(network, data_set.normalize(data_set.validation.images[:1]))
-    return uniform_policy(layers, texts, model=model)
+    example = data_set.normalize(data_set.validation.images[:1])
+    channels = any(isinstance(parse_choice(text), Channels) for text in texts)
+    coupling = channel_groups(network, example).coupling if channels else None
+    return uniform_policy(trace(network, example), texts, model=model, coupling=coupling)
 
 
 def _train(
@@ -288,8 +295,12 @@ def as_trained(model: nn.Module, policy: Policy) -> dict[str, Choice]:
         weight = layer.weight.detach()
         shape = tuple(int(size) for size in weight.shape)
         spec = LayerSpec(name, "conv" if len(shape) == 4 else "linear", shape)
-        if isinstance(choice, Fine | Block | Tile | CK | Channels) and not is_masked(weight, spec, choice):
+        if isinstance(choice, Fine | Block | Tile | CK) and not is_masked(weight, spec, choice):
             found[name] = replace(choice, keep=int(torch.count_nonzero(weight)) / weight.numel())
+        elif isinstance(choice, Channels):
+            # Input weights of channels that other layers lost are zero too: only whole filters count.
+            alive = int((weight.flatten(1) != 0).any(1).sum())
+            found[name] = replace(choice, keep=alive / len(weight)) if alive > choice.width(len(weight)) else choice
     return found
 
 
