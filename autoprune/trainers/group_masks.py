@@ -48,6 +48,11 @@ class GroupMasks:
             self._example = example.detach()
             self._find()
 
+    def _follow(self) -> None:
+        """Find the groups anew where the method took dead channels out of the model, or brought them back."""
+        if self._example is not None and [p.shape for p in self._model.parameters()] != self._shapes:
+            self._find()
+
     def _find(self) -> None:
         assert self._example is not None
         groups = channel_groups(self._model, self._example)
@@ -63,10 +68,7 @@ class GroupMasks:
 
     def agree(self) -> None:
         """Give the layers of each group one mask, from those that the method has set."""
-        if not self._groups.leaders:
-            return
-        if [parameter.shape for parameter in self._model.parameters()] != self._shapes:
-            self._find()  # the method took dead channels out of the model
+        self._follow()
         for leader, group in self._groups.coupling.groups.items():
             members = [self._layers[name] for name in group.writers if name in self._layers]
             if not any(layer.mask is not None for layer in members):
@@ -101,6 +103,7 @@ class GroupMasks:
 
     def factors(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Return every parameter that a removed channel touches, with its 0/1 factor, the layers' own among them."""
+        self._follow()
         kept = {}
         for leader, group in self._groups.coupling.groups.items():
             masked = [self._layers[name] for name in group.writers if name in self._layers]
