@@ -110,7 +110,14 @@ class Policy:
     file: PolicyFile = field(repr=False)
 
     @staticmethod
-    def make(choices: Mapping[str, Choice], layers: Iterable[LayerSpec], *, model: str, budget: str = "none") -> Policy:
+    def make(
+        choices: Mapping[str, Choice],
+        layers: Iterable[LayerSpec],
+        *,
+        model: str,
+        budget: str = "none",
+        coupling: Coupling | None = None,
+    ) -> Policy:
         """Return a policy that was written by hand rather than searched."""
         specs = list(layers)
         record = PolicyFile(
@@ -119,7 +126,9 @@ class Policy:
             space="custom",
             budget=budget,
             choices={name: choice.text for name, choice in choices.items()},
-            predicted=Cost(macs_ratio=macs_ratio(specs, choices), params_ratio=params_ratio(specs, choices)),
+            predicted=Cost(
+                macs_ratio=macs_ratio(specs, choices, coupling), params_ratio=params_ratio(specs, choices, coupling)
+            ),
         )
         return Policy(dict(choices), record)
 

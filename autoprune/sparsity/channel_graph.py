@@ -47,9 +47,10 @@ def channel_groups(model: nn.Module, example: object, *, probe: bool = True) -> 
         probe: Whether groups are tried out, two forward passes and a few more for each group that is wrong. Without it
             a group may be wrong where the graph is; compare outputs yourself.
     """
-    finder = _Finder(copy.deepcopy(model).cpu().double().eval().requires_grad_(True), _double(example))
-    groups = finder.groups()
-    return _tried(finder, groups) if probe else groups
+    with torch.random.fork_rng(devices=[]):
+        finder = _Finder(copy.deepcopy(model).cpu().double().eval().requires_grad_(True), _double(example))
+        groups = finder.groups()
+        return _tried(finder, groups) if probe else groups
 
 
 def _double(example: object) -> tuple[object, ...]:
@@ -82,7 +83,8 @@ def _gate(value: object) -> nn.Module:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() not in (2, 3, 4):
         return nn.Identity()
     channels = value.shape[1] if value.dim() == 4 else value.shape[-1]
-    gate = nn.Conv2d(channels, channels, 1, bias=False) if value.dim() == 4 else nn.Linear(channels, channels, bias=False)
+    image = value.dim() == 4
+    gate = nn.Conv2d(channels, channels, 1, bias=False) if image else nn.Linear(channels, channels, bias=False)
     gate.weight.copy_(torch.eye(channels).reshape(gate.weight.shape))
     return gate.double()
 

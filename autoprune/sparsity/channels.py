@@ -248,9 +248,7 @@ def take_out(model: nn.Module, groups: ChannelGroups, kept: Kept) -> nn.Module:
                 part = value.detach().index_select(dim, index)
                 own = nn.Parameter(part, value.requires_grad) if isinstance(value, nn.Parameter) else part
                 setattr(module, leaf, own)
-        if isinstance(module, nn.Conv2d) and module.groups > 1 and side == "out":
-            module.groups = module.groups * int(stay_P.sum()) // len(stay_P)
-        _set_sizes(module)
+        set_sizes(module)
     return smaller
 
 
@@ -313,9 +311,11 @@ def _leaves(module: nn.Module, side: str) -> list[tuple[str, int]]:
     return [(leaf, 0) for leaf in ("weight", "bias", "running_mean", "running_var")]
 
 
-def _set_sizes(module: nn.Module) -> None:
+def set_sizes(module: nn.Module) -> None:
     """Let a module say of itself what its weights are."""
     if isinstance(module, nn.Conv2d):
+        if module.groups > 1:
+            module.groups = module.groups * len(module.weight) // module.out_channels
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape

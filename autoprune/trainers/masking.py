@@ -5,7 +5,7 @@ What is multiplied with what is listed once per change of masks, so a step makes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from autoprune.core.errors import PolicyError
+from autoprune.trainers.group_masks import GroupMasks
 from autoprune.trainers.layers import inner_module
 from autoprune.trainers.method import PrunedLayer
 
@@ -25,18 +26,21 @@ class Masking:
 
     Args:
         layers: Under a policy; their masks are read by ``refresh``.
+        groups: Of the layers that share channels.
     """
 
-    def __init__(self, layers: Sequence[PrunedLayer]) -> None:
+    def __init__(self, layers: Sequence[PrunedLayer], groups: GroupMasks | None = None) -> None:
         self.layers = layers
+        self.groups = groups
         self.weights: Pairs = ([], [])
         self.gradients: Pairs = ([], [])
         self.refresh()
 
     def refresh(self) -> None:
         """Read the layers' masks anew; called after every change of one."""
-        self.weights = _pairs(layer for layer in self.layers)
-        self.gradients = _pairs(layer for layer in self.layers if not layer.straight)
+        shared = [] if self.groups is None else self.groups.factors()
+        self.weights = _pairs(self.layers, shared)
+        self.gradients = _pairs([layer for layer in self.layers if not layer.straight], shared)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
@@ -104,6 +108,10 @@ class Masking:
         return [(parameter, factor != 0) for parameter, factor in zip(*self.gradients, strict=True)]
 
 
-def _pairs(layers: Iterator[PrunedLayer]) -> Pairs:
-    pairs = [pair for layer in layers for pair in layer.factors()]
-    return [parameter for parameter, _ in pairs], [factor for _, factor in pairs]
+def _pairs(layers: Sequence[PrunedLayer], shared: Sequence[tuple[nn.Parameter, Tensor]]) -> Pairs:
+    """Return each parameter once: a layer may lose filters of its own and the inputs that another one wrote."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for parameter, factor in [*(pair for layer in layers for pair in layer.factors()), *shared]:
+        known = found.get(id(parameter))
+        found[id(parameter)] = (parameter, factor if known is None else known[1] * factor)
+    return [parameter for parameter, _ in found.values()], [factor for _, factor in found.values()]

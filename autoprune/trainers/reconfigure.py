@@ -1,8 +1,8 @@
 """Physical removal of dead channels while training goes on, and their return at its end.
 
-A copy of the model whose every parameter and buffer holds the numbers of its own elements is pruned along
-torch-pruning's dependency graph; what the copy holds afterwards says which elements of anything shaped like the
-original stay: weights, buffers, masks and the optimizer's state are all gathered by it, and scattered back by it.
+A copy of the model whose every parameter and buffer holds the numbers of its own elements loses the dead channels with
+their groups; what the copy holds afterwards says which elements of anything shaped like the original stay: weights,
+buffers, masks and the optimizer's state are all gathered by it, and scattered back by it.
 """
 
 from __future__ import annotations
@@ -14,63 +14,43 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autoprune.sparsity.channel_graph import channel_groups
+from autoprune.sparsity.channels import Layer, mask_channels, set_sizes, take_out
+
 # Element numbers of every parameter and buffer that has any, by name in the state dict.
 Elements = dict[str, Tensor]
 
 
 def surviving(model: nn.Module, example: Tensor, dead: Mapping[str, Tensor]) -> Elements:
-    """Return which elements stay when dead channels are taken out.
+    """Return which elements stay when dead channels are taken out, and set what is left of those to zero.
 
-    A channel goes only if every layer that writes it (through residual adds) has it dead.
+    A channel goes only if every layer that writes it (through residual adds) has it dead; the depthwise convolutions
+    and BatchNorms that it passes go with it.
 
     Args:
-        model: Left as it was.
+        model: Its dead channels' remains become zero.
         example: One input with batch dimension.
         dead: Layer name → (K,) boolean.
     Returns:
         State-dict name → int64 element numbers, in the shape that stays.
     """
-    import torch_pruning
-
-    shadow = copy.deepcopy(model).cpu().double().eval().requires_grad_(True)
-    with torch.enable_grad():
-        graph = torch_pruning.DependencyGraph().build_dependency(shadow, example_inputs=example.cpu().double())
-    names = {module: name for name, module in shadow.named_modules()}
+    groups = channel_groups(model, example)
+    kept: dict[str, Tensor] = {}
+    for leader, group in groups.coupling.groups.items():
+        alive_U = torch.zeros(group.units, dtype=torch.bool)
+        for name in groups.writers(leader):
+            module = model.get_submodule(name)
+            if isinstance(module, Layer) and getattr(module, "groups", 1) == 1:
+                alive_K = ~dead[name].cpu() if name in dead else torch.ones(len(module.weight), dtype=torch.bool)
+                alive_U |= groups.unit_sums(leader, (name, "out"), alive_K) > 0
+        if not bool(alive_U.all()) and bool(alive_U.any()):
+            kept[leader] = alive_U
+    mask_channels(model, groups, kept)
+    shadow = copy.deepcopy(model).cpu().double()
     with torch.no_grad():
         for tensor in _numbered(shadow).values():
             tensor.copy_(torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape))
-    done: set[str] = set()
-    for name, dead_K in dead.items():
-        layer = shadow.get_submodule(name)
-        if name in done or not bool(dead_K.any()):
-            continue
-        linear = isinstance(layer, nn.Linear)
-        prune = torch_pruning.prune_linear_out_channels if linear else torch_pruning.prune_conv_out_channels
-        index = dead_K.nonzero().flatten().tolist()
-        group = graph.get_pruning_group(layer, prune, idxs=index)
-        writers = _writers(group, graph, names)
-        done.update(writers)
-        agreed = [place for place, number in enumerate(index) if _all_dead(writers, dead, place, len(index))]
-        chosen = [index[place] for place in agreed]
-        if chosen:
-            graph.get_pruning_group(layer, prune, idxs=chosen).prune()
-    return {name: tensor.detach().round().long() for name, tensor in _numbered(shadow).items()}
-
-
-def _writers(group: object, graph: object, names: Mapping[nn.Module, str]) -> dict[str, list[int]]:
-    """Return the convolutions and linears whose outputs a group removes, with the channels of each."""
-    found: dict[str, list[int]] = {}
-    for dependency, index in group:  # type: ignore[attr-defined]
-        module = dependency.target.module
-        if isinstance(module, nn.Conv2d | nn.Linear) and graph.is_out_channel_pruning_fn(dependency.handler):  # type: ignore[attr-defined]
-            found[names[module]] = [int(getattr(number, "idx", number)) for number in index]
-    return found
-
-
-def _all_dead(writers: Mapping[str, list[int]], dead: Mapping[str, Tensor], place: int, length: int) -> bool:
-    return all(
-        name in dead and len(index) == length and bool(dead[name][index[place]]) for name, index in writers.items()
-    )
+    return {name: tensor.detach().round().long() for name, tensor in _numbered(take_out(shadow, groups, kept)).items()}
 
 
 def _numbered(model: nn.Module) -> dict[str, Tensor]:
@@ -105,7 +85,8 @@ def shrink(model: nn.Module, optimizer: Optimizer, elements: Elements) -> dict[n
             setattr(owner, leaf, smaller)
     for group in optimizer.param_groups:
         group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
-    _set_sizes(model)
+    for module in model.modules():
+        set_sizes(module)
     return replaced
 
 
@@ -132,7 +113,8 @@ def restore(model: nn.Module, optimizer: Optimizer, elements: Elements, shapes: 
             setattr(owner, leaf, whole)
     for group in optimizer.param_groups:
         group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
-    _set_sizes(model)
+    for module in model.modules():
+        set_sizes(module)
 
 
 def take(value: Tensor, index: Tensor) -> Tensor:
@@ -163,14 +145,3 @@ def _move_state(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, inde
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
-
-
-def _set_sizes(model: nn.Module) -> None:
-    """Let modules say of themselves what their weights are; grouped convolutions keep their shape here."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.groups == 1:
-            module.out_channels, module.in_channels = module.weight.shape[:2]
-        elif isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
-        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None:
-            module.num_features = len(module.running_mean)

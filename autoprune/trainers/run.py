@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from autoprune.core.choices import Channels, parse_choice
 from autoprune.core.errors import DeviceError
 from autoprune.core.policy import Policy
 from autoprune.core.progress import Progress, Silent
@@ -26,6 +27,7 @@ from autoprune.lut.context import current_context
 from autoprune.lut.gpu_bench import bench_graphs
 from autoprune.search_spaces.trace import trace
 from autoprune.search_spaces.uniform import uniform_policy
+from autoprune.sparsity.channel_graph import channel_groups
 from autoprune.tasks.data import DataSet, load_data
 from autoprune.tasks.metrics import accuracy, metric_of
 from autoprune.tasks.networks import network_for
@@ -162,7 +164,11 @@ def _prepare(request: TrainRequest) -> tuple[nn.Module, nn.Module | None, DataSe
     model = _first_weights(request, data)
     if request.policy is None:
         return model, None, data
-    request.policy.check_model(trace(model, data.normalize(data.validation.images[:1])))
+    example = data.normalize(data.validation.images[:1]).to(next(model.parameters()).device)
+    request.policy.check_model(trace(model, example))
+    if any(isinstance(choice, Channels) for choice in request.policy.choices.values()):
+        # Found out now, not when the trained network is made smaller.
+        channel_groups(model, example).coupling.kept(request.policy.choices)
     return model, copy.deepcopy(model) if request.control else None, data
 
 
@@ -200,8 +206,10 @@ def make_uniform(model: str, data: str, texts: Sequence[str]) -> Policy:
     """
     data_set = load_data(prepared(data, model))
     example = data_set.normalize(data_set.validation.images[:1])
-    layers = trace(network_for(model, example, data_set.classes), example)
-    return uniform_policy(layers, texts, model=model)
+    network = network_for(model, example, data_set.classes)
+    channels = any(isinstance(parse_choice(text), Channels) for text in texts)
+    coupling = channel_groups(network, example).coupling if channels else None
+    return uniform_policy(trace(network, example), texts, model=model, coupling=coupling)
 
 
 def _train(

@@ -85,6 +85,10 @@ def as_trained(model: nn.Module, policy: Policy) -> dict[str, Choice]:
         weight = layer.weight.detach()
         shape = tuple(int(size) for size in weight.shape)
         spec = LayerSpec(name, "conv" if len(shape) == 4 else "linear", shape)
-        if isinstance(choice, Fine | Block | Tile | CK | Channels) and not is_masked(weight, spec, choice):
+        if isinstance(choice, Fine | Block | Tile | CK) and not is_masked(weight, spec, choice):
             found[name] = replace(choice, keep=int(torch.count_nonzero(weight)) / weight.numel())
+        elif isinstance(choice, Channels):
+            # Input weights of channels that other layers lost are zero too: only whole filters count.
+            alive = int((weight.flatten(1) != 0).any(1).sum())
+            found[name] = replace(choice, keep=alive / len(weight)) if alive > choice.width(len(weight)) else choice
     return found

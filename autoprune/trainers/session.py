@@ -27,6 +27,7 @@ from autoprune.search_spaces.trace import trace
 from autoprune.trainers.compression import GradientCompression
 from autoprune.trainers.execution import Chooser, Execution
 from autoprune.trainers.first_input import FirstInput
+from autoprune.trainers.group_masks import GroupMasks
 from autoprune.trainers.layers import choices_of, data_parallel, inner_module, inner_optimizer, pruned_layers
 from autoprune.trainers.ledger import Ledger
 from autoprune.trainers.masking import Masking
@@ -94,7 +95,8 @@ class Session:
         self.steps = 0
         self._policy = policy
         self._layers = pruned_layers(self.model, choices_of(policy))
-        self._masking = Masking(self._layers)
+        self._groups = GroupMasks(self.model, self._layers, choices_of(policy))
+        self._masking = Masking(self._layers, self._groups)
         self._ledger = Ledger(self._layers)
         self._parallel = data_parallel(model)
         self.method = method(self._layers, clock, settings)
@@ -288,8 +290,8 @@ class Session:
         if self._look is not None and self._look.example is not None:
             example, self._look = self._look.example, None
             self._look_handle.remove()
-            # A model that takes more than its first argument trains on; only its MACs stay unknown.
-            with contextlib.suppress(ModelError):
+            # A model that takes more than its first argument trains on; only its MACs stay unknown. Channels need it.
+            with contextlib.suppress(*(() if self._groups.needed else (ModelError,))):
                 self._learn_shapes(example)
         scale = getattr(optimizer, "grad_scale", None)
         self.method.before_step(self.steps, 1.0 if scale is None else scale)
@@ -311,6 +313,7 @@ class Session:
             self._settle()
 
     def _take_masks(self) -> None:
+        self._groups.agree()
         masked = [(layer, layer.mask) for layer in self._layers if layer.mask is not None]
         if self._parallel is not None:
             # The replicas decide alike; on unlike devices a last bit may differ, and then the first one's holds.
@@ -328,6 +331,7 @@ class Session:
             if isinstance(self._policy, Policy):
                 self._policy.check_model(specs)
             self._specs = specs
+        self._groups.observe(example)
         self.method.observe(example)
         self._masking.refresh()
 

@@ -155,4 +155,4 @@ def run_pass(record: int, first: int, last: int) -> None:
             elif op == Op.CSR:
                 _single_gradient(row)
             else:
-                step(row, 0, 0, 1, 0, 1, 0, 0)
+                step(row, 0, 0, 1, 0, 1, 0, 0, 0, 0)
