@@ -7,8 +7,8 @@ from typing import Any
 
 from numba import njit
 
-from autoprune.kernels.cpu.shapes import BLOCK_TILES, CSR_TILES
-from autoprune.kernels.cpu.tiles import block_tile, csr_tile
+from autoprune.kernels.cpu.shapes import BLOCK_TILES, CSR_TILES, DEPTHWISE_TILES
+from autoprune.kernels.cpu.tiles import block_tile, csr_tile, depthwise_tile
 
 
 def _selector(name: str, makers: list[Callable[..., Any]], n_args: int) -> Callable[..., Any]:
@@ -25,3 +25,4 @@ def _selector(name: str, makers: list[Callable[..., Any]], n_args: int) -> Calla
 
 run_block_tile = _selector("run_block_tile", [block_tile(tile) for tile in BLOCK_TILES], 8)
 run_csr_tile = _selector("run_csr_tile", [csr_tile(tile) for tile in CSR_TILES], 6)
+run_depthwise_tile = _selector("run_depthwise_tile", [depthwise_tile(pixels) for pixels in DEPTHWISE_TILES], 6)

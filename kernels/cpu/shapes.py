@@ -52,6 +52,8 @@ BLOCK_TILES = (
     BlockTile(2, 7, 2),
     BlockTile(1, 8, 2),
 )
+# Neighbouring pixels of a depthwise tile: they share each weight's load.
+DEPTHWISE_TILES = (8, 4, 1)
 CSR_TILES = (
     CsrTile(1, 4),
     CsrTile(2, 4),
