@@ -98,7 +98,7 @@ def test_nested_conversion_says_what_is_in_the_way_and_what_it_left_to_torch() -
     choices: dict[str, Choice] = {"project": Block(keep=0.5)}
     deployed = convert(masked_copy(model, choices), choices, _inputs(1, (3, 9, 9)))
     assert isinstance(deployed, NestedModel)
-    assert deployed.refusal.where == "relu6"
+    assert deployed.refusal.where == "gelu"
     assert [(layer, kernel) for layer, _, kernel, _ in deployed.explain()] == [
         ("expand", "dense"),
         ("depth", "torch"),

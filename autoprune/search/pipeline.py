@@ -37,7 +37,7 @@ from autoprune.search.setup import Scored, make_problem, measured_space, score_c
 from autoprune.search.study import Study
 from autoprune.search.workshop import Workshop
 from autoprune.search_spaces.space import load_space
-from autoprune.search_spaces.trace import trace
+from autoprune.search_spaces.trace import trace_report
 from autoprune.tasks.task import Task, load_task
 
 BASELINES = ("knapsack", "uniform", "random")
@@ -90,8 +90,11 @@ def _check(config: SearchConfig) -> None:
 
 
 def _search(config: SearchConfig, task: Task, progress: Progress) -> Result:
-    layers = trace(task.model, task.example)
+    report = trace_report(task.model, task.example)
+    layers = report.layers
     space = load_space(config.space, layers)
+    for line in report.notes():
+        progress.note(line)
     run = RunDir.open(config.runs_dir, config.name, config.resolved(), fresh=config.fresh)
     if run.result.exists():
         progress.note(f"{run.path} is finished; showing its result (--fresh starts over)")
