@@ -40,7 +40,7 @@ def space_file(tmp_path: Path, text: str) -> Path:
 def test_default_space_leaves_first_conv_and_classifier_dense() -> None:
     space = load_space("cpu-default", LAYERS)
     assert space.choices["stem"] == space.choices["fc"] == (Dense(),)
-    assert [layer.name for layer in space.searched] == ["block1.conv", "block1.short", "block2.conv", "block2.tiny"]
+    assert [layer.name for layer in space.searched] == ["block1.conv", "block1.short", "block2.conv", "block2.tiny", "fc1"]
 
 
 def test_default_space_offers_a_wide_3x3_conv_every_kernel_family() -> None:
