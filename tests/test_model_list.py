@@ -14,16 +14,16 @@ from model_list import MODELS
 from model_stages import STAGES, build, convert_stage, outcomes, parity
 
 A_DOZEN = {
-    "torchvision:resnet18@3x32x32": "plan",
+    "torchvision:mnasnet0_5@3x64x64": "plan",
     "torchvision:resnext50_32x4d@3x32x32": "plan",
-    "torchvision:mobilenet_v3_small@3x32x32": "plan",
+    "torchvision:mobilenet_v3_small@3x64x64": "plan",
     "torchvision:googlenet@3x32x32": "plan",
     "torchvision:squeezenet1_1@3x32x32": "plan",
     "torchvision:shufflenet_v2_x0_5@3x32x32": "nested",
-    "torchvision:swin_t@3x32x32": "nested",
+    "timm:poolformer_s12@3x32x32": "nested",
     "torchvision:convnext_tiny@3x32x32": "nested",
-    "timm:efficientnet_lite0@3x32x32": "plan",
-    "timm:mixnet_s@3x32x32": "nested",
+    "timm:efficientnet_lite0@3x64x64": "plan",
+    "timm:mixnet_s@3x64x64": "nested",
     "timm:ghostnet_100@3x32x32": "nested",
     'timm:vit_tiny_patch16_224@3x32x32{"img_size":32}': "nested",
 }
