@@ -2,21 +2,23 @@
 
     python benchmarks/models.py [--only NAME …] [--fresh]
 
-Each network runs in a process of its own; its line is appended to ``results/models.csv`` at once, and networks that
-have a line are skipped. A stage passed, or says in one line why it was refused.
+Each network runs in a process of its own, forked; its line is appended to ``results/models.csv`` at once, and networks
+that have a line are skipped. A stage passed, or says in one line why it was refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 import warnings
+from multiprocessing.connection import Connection
 
+import timm
+import torch
+import torchvision
 from common import RESULTS, command, today
 from model_list import MODELS
 from model_stages import COLUMNS, build, outcomes
@@ -31,11 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], help="Networks to try instead of the list.")
     parser.add_argument("--fresh", action="store_true", help="Try all again, and write a new file.")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(_line(options.one)))
-        return
+    torch.set_num_threads(1)
     if options.fresh:
         FILE.unlink(missing_ok=True)
     known = _known()
@@ -51,12 +50,6 @@ def main() -> None:
 
 
 def _line(name: str) -> dict[str, object]:
-    import timm
-    import torch
-    import torchvision
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     start = time.perf_counter()
     versions = f"torch={torch.__version__} torchvision={torchvision.__version__} timm={timm.__version__}"
     facts: dict[str, object] = {"model": name, "versions": versions, "date": today()}
@@ -69,17 +62,29 @@ def _line(name: str) -> dict[str, object]:
 
 
 def _in_a_process(name: str) -> dict[str, object]:
-    words = [sys.executable, __file__, "--one", name]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return {"model": name, "trace": f"refused: not done after {LIMIT_S} s", "seconds": LIMIT_S, "date": today()}
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        why = f"refused: the process ended with {done.returncode}: {last[:200]}"
-        return {"model": name, "trace": why, "seconds": 0, "date": today()}
-    found: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
+    """Return the line of a network, tried in a child that may use any memory, or die."""
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+    child = fork.Process(target=_send, args=(there, name))
+    child.start()
+    there.close()
+    found: dict[str, object] = {"model": name, "seconds": 0, "date": today()}
+    if not here.poll(LIMIT_S):
+        found["trace"] = f"refused: not done after {LIMIT_S} s"
+        child.kill()
+    else:
+        try:
+            found = here.recv()
+        except EOFError:
+            child.join()
+            found["trace"] = f"refused: its process ended with {child.exitcode}"
+    child.join()
     return found
+
+
+def _send(there: Connection, name: str) -> None:
+    warnings.simplefilter("ignore")
+    there.send(_line(name))
 
 
 def _known() -> dict[str, dict[str, str]]:

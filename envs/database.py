@@ -248,8 +248,8 @@ def measure_moments(model: nn.Module, layers: Sequence[LayerSpec], images: Tenso
     generators = {layer.name: torch.Generator().manual_seed(0) for layer in layers}
     per_image = max(1, SAMPLES // len(images))
 
-    def before(layer: LayerSpec, inputs: tuple[Tensor, ...]) -> None:
-        rows = _input_rows(layer, inputs[0], per_image, generators[layer.name])
+    def before(layer: LayerSpec, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = _input_rows(layer, _bordered(module, inputs[0]), per_image, generators[layer.name])
         if layer.name not in sums:
             size = rows.shape[1]
             sums[layer.name] = (rows.new_zeros(size), rows.new_zeros(size, size), 0)
@@ -258,7 +258,7 @@ def measure_moments(model: nn.Module, layers: Sequence[LayerSpec], images: Tenso
         sums[layer.name] = (mean.add_(rows.sum(0)), second.addmm_(rows.T, rows), count + len(rows))
 
     handles = [
-        model.get_submodule(layer.name).register_forward_pre_hook(lambda m, i, s=layer: before(s, i))
+        model.get_submodule(layer.name).register_forward_pre_hook(lambda m, i, s=layer: before(s, m, i))
         for layer in layers
     ]
     try:
@@ -276,13 +276,20 @@ def _images_a_batch(images: Tensor) -> int:
     return int(min(100, max(1, _BATCH_PIXELS // images[0, 0].numel())))
 
 
+def _bordered(module: nn.Module, x: Tensor) -> Tensor:
+    """Return a layer's input with the border that its convolution puts around it."""
+    if not isinstance(module, nn.Conv2d):
+        return x
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return nn.functional.pad(x, module._reversed_padding_repeated_twice, mode)
+
+
 def _input_rows(layer: LayerSpec, x: Tensor, per_image: int, generator: torch.Generator) -> Tensor:
-    """Return sampled input rows ``(samples, C·R·S)`` of one batch, in the weight's order."""
+    """Return sampled input rows ``(samples, C·R·S)`` of one batch with its border, in the weight's order."""
     if layer.op == "linear":
         return x.reshape(-1, x.shape[-1])
-    pad_h, pad_w = layer.padding
     (height, width), (rows, columns) = layer.output_hw, layer.window
-    padded = nn.functional.pad(x, (pad_w, pad_w, pad_h, pad_h)).permute(0, 2, 3, 1)  # N H W C
+    padded = x.permute(0, 2, 3, 1)  # N H W C
     count = min(per_image, height * width)
     chosen = torch.rand(len(x), height * width, generator=generator).argsort(1)[:, :count].to(x.device)
     top, left = (chosen // width) * layer.stride[0], (chosen % width) * layer.stride[1]

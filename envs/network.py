@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.core.errors import ModelError
+from autoprune.kernels.plan_norms import is_plain_norm
+from autoprune.tasks.outputs import main_output
 from autoprune.tasks.precision import native_dtype
 
 BATCH = 125
@@ -36,6 +38,8 @@ class StitchedNetwork:
         self._native = native_dtype(self.device.type)
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._norms = norm_of_each_conv(self.model, self._calibration[:1])
+        if not self._foldable():
+            self._norms = {}
         self.folded = copy.deepcopy(self.model)
         for conv, norm in self._norms.items():
             module = layer_of(self.folded, conv)
@@ -49,6 +53,22 @@ class StitchedNetwork:
         self._dense_norms = {
             name: tuple(tensor.clone() for tensor in _statistics(self.model, name)) for name in self._norms.values()
         }
+
+    def _foldable(self) -> bool:
+        """Return whether the network with its BatchNorms folded is the same: a second reader of an output shows."""
+        trial = copy.deepcopy(self.model)
+        for conv, name in self._norms.items():
+            norm, layer = trial.get_submodule(name), layer_of(trial, conv)
+            assert isinstance(norm, nn.BatchNorm2d)
+            bias = torch.zeros(len(layer.weight), device=self.device) if layer.bias is None else layer.bias
+            weight, shift = folded(layer.weight, bias, norm, _running(norm))
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            layer.bias = nn.Parameter(shift, requires_grad=False)
+            trial.set_submodule(name, nn.Identity())
+        with torch.no_grad():
+            want = main_output(self.model(self._calibration[:1]))
+            got = main_output(trial(self._calibration[:1]))
+        return float((got - want).abs().max()) <= 1e-3 * float(want.abs().max())
 
     def dense_weight(self, layer: str) -> Tensor:
         """Return the dense weight of a layer."""
@@ -115,8 +135,7 @@ class StitchedNetwork:
 
         def run(part: Tensor) -> Tensor:
             with torch.inference_mode():
-                out: Tensor = self.folded(part).float()
-            return out.cpu()
+                return main_output(self.folded(part)).float().cpu()
 
         with side_by_side() as pool:
             return torch.cat(list(pool.map(run, torch.split(self.to_native(images), BATCH))))
@@ -211,7 +230,7 @@ def norm_of_each_conv(model: nn.Module, example: Tensor) -> dict[str, str]:
         alive.append(output)
         if isinstance(module, nn.Conv2d):
             producers[id(output)] = name
-        elif id(inputs[0]) in producers:
+        elif is_plain_norm(module) and id(inputs[0]) in producers:
             pairs[producers[id(inputs[0])]] = name
 
     handles = [
@@ -248,4 +267,9 @@ def _format_of(weight: Tensor) -> torch.memory_format:
 
 
 def _weighted(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    """Return the layers with a weight of their own; one that shares another's goes with it."""
+    found: dict[int, tuple[str, nn.Conv2d | nn.Linear]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and isinstance(module._parameters.get("weight"), nn.Parameter):
+            found.setdefault(id(module.weight), (name, module))
+    return list(found.values())

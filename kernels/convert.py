@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from autoprune.core.choices import Channels, Choice, Dense, Pattern, Tile
+from autoprune.core.choices import Block, Channels, Choice, Dense, Pattern, Tile
 from autoprune.core.errors import DeviceError, ModelError, PolicyError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
@@ -234,17 +234,21 @@ def _decide(
 def is_masked(weight: Tensor, layer: LayerSpec, choice: Choice) -> bool:
     """Return whether a layer's weights have the zeros that its choice calls for.
 
-    Masks remove whole units and round in favour of the weights, at worst in every filter by itself.
+    Masks remove whole units and round in favour of the weights, at worst in every filter by itself. Where filters or
+    channels are no multiple of a unit's, the units that stay may all be whole and those that go all be cut.
     """
-    unit = 1
+    unit, shared = 1, (1, 1)
     if isinstance(choice, Pattern):
-        unit = choice.share[1] * choice.entries
+        unit, shared = choice.share[1] * choice.entries, choice.share
+    elif isinstance(choice, Block):
+        unit, shared = math.prod(layer.window), (choice.filters, 1)
     elif isinstance(choice, Tile):
         unit = choice.size
     elif layer.op == "conv":
         unit = math.prod(layer.window)
+    whole = math.prod(-(-size // of) * of / size for size, of in zip(layer.weight_shape, shared, strict=False))
     kept = int(torch.count_nonzero(weight))
-    return kept <= 1.01 * choice.density(layer) * layer.weights + unit * layer.filters
+    return kept <= 1.01 * whole * choice.density(layer) * layer.weights + unit * layer.filters
 
 
 def _check_masked(name: str, layer: Layer, choice: Choice) -> None:

@@ -6,6 +6,7 @@ the whole network holds no more launches than the plan has operations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from autoprune.core.choices import Choice, Dense
 from autoprune.core.layers import LayerSpec
 from autoprune.kernels.gpu_layers import LayerModule, Source
 from autoprune.kernels.plan import Plan
-from autoprune.kernels.plan_ops import AddOp, ConvOp, NormOp, Op, PoolOp, ReluOp, Value, reads
+from autoprune.kernels.plan_ops import AddOp, ConvOp, Op, PlanRefusal, PoolOp, ReluOp, Value, reads
 from autoprune.kernels.triton.ops import ell_pad
 
 
@@ -141,8 +142,8 @@ class FusedNetwork(nn.Module):
                 return F.max_pool2d(_as_map(x, op.x), op.kernel, op.stride, op.padding)
             case PoolOp():
                 return F.avg_pool2d(_as_map(x, op.x), op.kernel, op.stride, op.padding)
-            case NormOp():
-                raise AssertionError("a BatchNorm outlived the fusion")
+            case _:
+                raise AssertionError(f"'{op.name}' has no form here: see refusal_of")
 
     def _layer(self, op: ConvOp, maps: Mapping[int, Tensor]) -> Tensor:
         module = self.layer(op.name)
@@ -154,6 +155,27 @@ class FusedNetwork(nn.Module):
         # A linear layer reads a map flattened in the order C, H, W, whatever its memory.
         y = module(x.reshape(x.shape[0], -1), None if residual is None else residual.reshape(x.shape[0], -1))
         return y
+
+
+def refusal_of(plan: Plan) -> PlanRefusal | None:
+    """Return the first operation of a plan that only the CPU's programs have; None where there is none."""
+    for op in plan.ops:
+        plain = isinstance(op, ConvOp | AddOp | ReluOp | PoolOp)
+        cut = isinstance(op, ConvOp | AddOp | ReluOp) and math.isfinite(op.cap)
+        if isinstance(op, ConvOp) and (op.shape.groups != 1 or max(op.extra) > 0):
+            return PlanRefusal(op.name, f"groups={op.shape.groups} or unequal padding, which only a CPU's plan has")
+        if not plain or cut or (isinstance(op, PoolOp) and not _same_pool(op)):
+            return PlanRefusal(op.name, f"{type(op).__name__} with its settings, which only a CPU's plan has")
+    return None
+
+
+def _same_pool(op: PoolOp) -> bool:
+    """Return whether PyTorch's pooling without further settings gives the same."""
+    if op.kind == "global":
+        return True
+    sizes = zip((op.x.height, op.x.width), (op.out.height, op.out.width), strict=True)
+    whole = all((length + 2 * op.padding - op.kernel) // op.stride + 1 == out for length, out in sizes)
+    return whole and not (op.inside and op.padding > 0)
 
 
 def _borders(plan: Plan, factory: LayerFactory, chosen: Mapping[str, Choice]) -> dict[int, tuple[int, int]]:

@@ -187,8 +187,9 @@ class ProgramLayer(FrozenModule):
         if self.layer.op == "linear":
             if x.shape[-1] != self.layer.channels:
                 raise self._misfit(x)
-            rows = x.reshape(-1, self.layer.channels, 1, 1)
-            return self._run(rows).reshape(*x.shape[:-1], self.layer.filters)
+            # Rows are pixels side by side of one channels-last map, which is how they lie in memory already.
+            rows = x.reshape(1, 1, -1, self.layer.channels).permute(0, 3, 1, 2)
+            return self._run(rows).permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.layer.filters)
         if self._border is not None:
             sides, mode = self._border
             x = F.pad(x, sides, mode)
@@ -202,7 +203,7 @@ class ProgramLayer(FrozenModule):
         if x.dim() != 4 or x.shape[1] != self.layer.channels:
             raise self._misfit(x)
         spec = self._spec(int(x.shape[2]), int(x.shape[3]))
-        if x.shape[0] == 0:
+        if x.numel() == 0:
             return x.new_empty((0, spec.filters, *spec.output_hw))
         program = self.programs.get(x.shape, lambda: self._program(spec, int(x.shape[0])))
         return program.run(x).reshape(x.shape[0], spec.filters, *spec.output_hw)
@@ -210,8 +211,8 @@ class ProgramLayer(FrozenModule):
     def _spec(self, height: int, width: int) -> LayerSpec:
         layer = self.layer
         if layer.op == "linear":
-            shape = (*layer.weight_shape, 1, 1)
-            return replace(layer, op="conv", weight_shape=shape, input_hw=(1, 1), output_hw=(1, 1))
+            shape, size = (*layer.weight_shape, 1, 1), (height, width)
+            return replace(layer, op="conv", weight_shape=shape, input_hw=size, output_hw=size)
         sizes = zip((height, width), layer.padding, layer.dilation, layer.window, layer.stride, strict=True)
         rows, columns = ((size + 2 * pad - dil * (win - 1) - 1) // step + 1 for size, pad, dil, win, step in sizes)
         if rows < 1 or columns < 1:

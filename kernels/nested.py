@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from autoprune.kernels.fold import fold_batchnorm, fold_by_hooks, split_norms
+from autoprune.kernels.fold import fold_batchnorm, fold_by_hooks
 from autoprune.kernels.inputs import Example, call, random_like, tensors_in
+from autoprune.kernels.plan_norms import split_norms
 from autoprune.kernels.plan_ops import PlanRefusal
 from autoprune.kernels.plan_record import eval_view
 from autoprune.kernels.survey import Layer, Survey, survey

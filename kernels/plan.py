@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from autoprune.core.choices import Block, Choice, Dense
 from autoprune.kernels.cpu.program import Buffer, Epilogue, Program
 from autoprune.kernels.cpu.shapes import LANES
+from autoprune.kernels.plan_norms import split_norms
 from autoprune.kernels.plan_ops import (
     AddOp,
+    CatOp,
     ConvOp,
+    CurveOp,
+    MulOp,
     NormOp,
     Op,
     PlanRefusal,
@@ -111,20 +115,29 @@ class Plan:
                 weight = weights.get(f"{op.name}.weight", op.weight_KCRS)
                 bias = weights.get(f"{op.name}.bias", op.bias_K)
                 residual = None if op.residual is None else buffers[op.residual]
-                epilogue = Epilogue(relu=op.relu, residual=residual)
-                program.conv(x, out, op.shape, weight, bias, kernel, epilogue, block)
+                epilogue = Epilogue(relu=op.relu, residual=residual, cap=op.cap)
+                program.conv(x, out, op.shape, weight, bias, kernel, epilogue, block, op.extra)
             case AddOp():
-                program.add(x, buffers[op.y], out, op.relu)
+                program.add(x, buffers[op.y], out, op.relu, op.cap)
             case ReluOp():
-                program.relu(x, out)
+                program.relu(x, out, op.cap)
+            case CurveOp():
+                program.curve(x, out, op.curve)
+            case MulOp():
+                program.multiply(x, buffers[op.y], out)
+            case CatOp():
+                offset = 0
+                for part in op.parts:
+                    program.place(buffers[part], out, offset)
+                    offset += part.channels
             case PoolOp(kind="global"):
                 program.global_avg_pool(x, out)
             case PoolOp(kind="max"):
                 program.max_pool(x, out, op.kernel, op.stride, op.padding)
             case PoolOp():
-                program.avg_pool(x, out, op.kernel, op.stride, op.padding)
+                program.avg_pool(x, out, op.kernel, op.stride, op.padding, inside=op.inside)
             case NormOp():
-                raise AssertionError("a BatchNorm outlived the fusion")
+                program.affine(x, out, op.scale_K, op.shift_K, op.relu, op.cap)
 
 
 class _Buffers:
@@ -168,7 +181,8 @@ def _halos(ops: Sequence[Op]) -> dict[int, int]:
     halos: dict[int, int] = {}
     for op in ops:
         if isinstance(op, ConvOp):
-            halos[op.x.index] = max(halos.get(op.x.index, 0), *op.shape.padding)
+            sides = (p + more for p, more in zip(op.shape.padding, op.extra, strict=True))
+            halos[op.x.index] = max(halos.get(op.x.index, 0), *sides)
     return halos
 
 
@@ -189,7 +203,7 @@ def build_plan(
         threads: Threads a program runs on.
     """
     try:
-        traced = trace_ops(eval_view(model), example)
+        traced = trace_ops(split_norms(eval_view(model)), example)
         ops = fuse(traced.ops, traced.output)
     except Refused as error:
         return error.refusal

@@ -6,6 +6,7 @@ is a 1 × 1 map, and a flattened map keeps its three sizes (flattening moves not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.core.layers import LayerSpec
+from autoprune.kernels.cpu.recorder import is_depthwise
+from autoprune.kernels.cpu.rows import Curve
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,8 @@ class ConvOp:
         shape: The same layer as a convolution: what the kernel runs.
         weight_KCRS, bias_K: float32, BatchNorm folded in.
         residual: Map added before the ReLU.
+        cap: What results are cut at, as ReLU6 does.
+        extra: Rows and columns of zeros below and right of the map beyond the layer's padding.
     """
 
     name: str
@@ -71,17 +76,21 @@ class ConvOp:
     out: Value
     relu: bool = False
     residual: Value | None = None
+    cap: float = math.inf
+    extra: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class NormOp:
-    """An inference BatchNorm, y = scale · x + shift in float64; always folded away."""
+    """An inference BatchNorm, y = scale · x + shift in float64; folded away where it follows a convolution."""
 
     name: str
     scale_K: Tensor
     shift_K: Tensor
     x: Value
     out: Value
+    relu: bool = False
+    cap: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +102,56 @@ class AddOp:
     y: Value
     out: Value
     relu: bool = False
+    cap: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class ReluOp:
-    """ReLU on its own."""
+    """ReLU on its own, cut at ``cap``."""
 
     name: str
+    x: Value
+    out: Value
+    cap: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class CurveOp:
+    """Another activation."""
+
+    name: str
+    curve: Curve
     x: Value
     out: Value
 
 
 @dataclass(frozen=True, slots=True)
+class MulOp:
+    """Product of two maps; ``y`` may have one pixel, as the gates of squeeze-and-excitation have."""
+
+    name: str
+    x: Value
+    y: Value
+    out: Value
+
+
+@dataclass(frozen=True, slots=True)
+class CatOp:
+    """Maps side by side in one, channel after channel; all but the last have multiples of 16 channels."""
+
+    name: str
+    parts: tuple[Value, ...]
+    out: Value
+
+    @property
+    def x(self) -> Value:
+        """The first map."""
+        return self.parts[0]
+
+
+@dataclass(frozen=True, slots=True)
 class PoolOp:
-    """Pooling over square windows; ``global`` averages the whole map to 1 × 1."""
+    """Pooling over square windows; ``global`` averages the map to 1 × 1; ``inside`` leaves padding out of means."""
 
     name: str
     kind: Literal["global", "avg", "max"]
@@ -115,15 +160,18 @@ class PoolOp:
     kernel: int = 1
     stride: int = 1
     padding: int = 0
+    inside: bool = False
 
 
-Op = ConvOp | NormOp | AddOp | ReluOp | PoolOp
+Op = ConvOp | NormOp | AddOp | ReluOp | PoolOp | CurveOp | MulOp | CatOp
 
 
 def reads(op: Op) -> tuple[Value, ...]:
     """Return the maps an operation reads, one entry per use."""
-    if isinstance(op, AddOp):
+    if isinstance(op, AddOp | MulOp):
         return (op.x, op.y)
+    if isinstance(op, CatOp):
+        return op.parts
     if isinstance(op, ConvOp) and op.residual is not None:
         return (op.x, op.residual)
     return (op.x,)
@@ -188,13 +236,10 @@ def norm_terms(module: nn.BatchNorm2d | nn.BatchNorm1d) -> tuple[Tensor, Tensor]
 
 
 def fuse(ops: Iterable[Op], output: Value) -> tuple[Op, ...]:
-    """Fold every BatchNorm into its convolution; fuse sums and ReLUs into the operation before them where it allows.
+    """Fold BatchNorms into their convolutions; fuse sums and ReLUs into the operation before them where it allows.
 
     A fused operation runs where the last of its parts stood, so everything it reads is there; it may be moved because
     the part that follows is its only reader.
-
-    Raises:
-        Refused: A BatchNorm has no convolution of its own to fold into.
     """
     ops = list(ops)
     uses: dict[int, int] = {output.index: 1}
@@ -219,17 +264,16 @@ def _fuse_one(op: Op, own: dict[int, Op]) -> tuple[Op, int | None]:
         own: Operations that wrote what ``op`` alone reads, by value.
     """
     source = own.get(op.x.index)
-    if isinstance(op, NormOp):
-        if not isinstance(source, ConvOp) or source.relu or source.residual is not None:
-            raise Refused(op.name, "a BatchNorm that does not directly follow a convolution of its own")
+    if isinstance(op, NormOp) and isinstance(source, ConvOp) and not source.relu and source.residual is None:
         return _folded(source, op), op.x.index
-    if isinstance(op, ReluOp) and isinstance(source, ConvOp | AddOp) and not source.relu:
-        return replace(source, relu=True, out=op.out), op.x.index
+    if isinstance(op, ReluOp) and isinstance(source, ConvOp | AddOp | NormOp) and not source.relu:
+        return replace(source, relu=True, cap=op.cap, out=op.out), op.x.index
     if isinstance(op, AddOp) and op.x is not op.y:
         # Values are numbered in order of execution; the later operand is still warm, so it is tried first.
         for value, other in sorted(((op.x, op.y), (op.y, op.x)), key=lambda pair: -pair[0].index):
             source = own.get(value.index)
-            if isinstance(source, ConvOp) and not source.relu and source.residual is None:
+            plain = isinstance(source, ConvOp) and not source.relu and source.residual is None
+            if isinstance(source, ConvOp) and plain and not is_depthwise(source.shape):
                 return replace(source, residual=other, out=op.out), value.index
     return op, None
 

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.kernels.plan_ops import Refused
 
@@ -19,11 +20,19 @@ _LEAVES = (
     nn.MaxPool2d,
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
+    nn.ZeroPad2d,
+    nn.Hardtanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.SiLU,
+    nn.Sigmoid,
     nn.Flatten,
     nn.Identity,
     nn.Dropout,
     nn.Dropout2d,
 )
+
+_KNOWN = (nn.Conv2d.forward, nn.Linear.forward, _BatchNorm.forward)
 
 Results = dict[fx.Node, object]
 
@@ -33,6 +42,15 @@ class LayerTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _PlanTracer(LayerTracer):
+    """Looks into layers whose class has a forward of its own: they pad their maps, or compute with other weights."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, nn.Conv2d | nn.Linear | _BatchNorm) and type(m).forward not in _KNOWN:
+            return False
+        return super().is_leaf_module(m, module_qualified_name)
 
 
 class _Recorder(fx.Interpreter):
@@ -62,7 +80,7 @@ def record(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Results]:
         Refused: The model cannot be traced: its code depends on values, or it fails on the example.
     """
     try:
-        module = fx.GraphModule(model, LayerTracer().trace(model))
+        module = fx.GraphModule(model, _PlanTracer().trace(model))
         recorder = _Recorder(module)
         with torch.no_grad():
             recorder.run(example.clone())

@@ -84,7 +84,7 @@ class Strided(nn.Module):
 
 
 class Concatenated(nn.Module):
-    """Two branches side by side: no flat plan."""
+    """Two branches side by side, and an activation that no flat plan has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,12 +94,12 @@ class Concatenated(nn.Module):
         self.fc = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.c(torch.cat([self.a(x), self.b(x)], 1)))
+        x = F.gelu(self.c(torch.cat([self.a(x), self.b(x)], 1)))
         return self.fc(x.mean([2, 3]))
 
 
 class Depthwise(nn.Module):
-    """A grouped convolution between two that are not."""
+    """A grouped convolution between two that are not, and an activation that no flat plan has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Depthwise(nn.Module):
         self.project = nn.Conv2d(32, 16, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(F.relu6(self.depth(F.relu6(self.expand(x)))))
+        return self.project(F.gelu(self.depth(F.relu6(self.expand(x)))))
 
 
 class Tokens(nn.Module):

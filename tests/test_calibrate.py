@@ -53,7 +53,7 @@ def test_table_holds_every_wanted_row_and_dense_always(table: LatencyTable) -> N
         TENTH.text: "csr",
         Block(keep=0.25, filters=32).text: "block",
     }
-    assert table.row(GROUPED, Dense()).kernel == "torch"
+    assert table.row(GROUPED, Dense()).kernel == "dense"
 
 
 def test_fewer_weights_take_less_memory_and_time(table: LatencyTable) -> None:

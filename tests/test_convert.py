@@ -98,7 +98,7 @@ def test_nested_conversion_says_what_is_in_the_way_and_what_it_left_to_torch() -
     choices: dict[str, Choice] = {"project": Block(keep=0.5)}
     deployed = convert(masked_copy(model, choices), choices, _inputs(1, (3, 9, 9)))
     assert isinstance(deployed, NestedModel)
-    assert deployed.refusal.where == "relu6"
+    assert deployed.refusal.where == "gelu"
     assert [(layer, kernel) for layer, _, kernel, _ in deployed.explain()] == [
         ("expand", "dense"),
         ("depth", "torch"),
@@ -338,3 +338,17 @@ def test_masked_layers_are_not_masked_again() -> None:
     choices: dict[str, Choice] = {"layer1.0.conv1": Fine(keep=0.12)}
     again = masked_copy(model, choices).get_submodule("layer1.0.conv1").weight
     assert torch.equal(again, weight)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [Block(keep=0.75, filters=32), Pattern(count=4, entries=4, kernels=0.5, share=(32, 1))],
+    ids=lambda choice: choice.text,
+)
+def test_masks_whose_last_unit_is_cut_are_recognised(choice: Choice) -> None:
+    model = nn.Sequential(nn.Conv2d(24, 40, 3, padding=1)).eval()
+    with torch.no_grad():
+        model[0].weight[32:] *= 0.1  # the cut units go first
+    masked = masked_copy(model, {"0": choice})
+    x = _inputs(1, (24, 6, 6))
+    _assert_same(convert(masked, {"0": choice}, x), masked.requires_grad_(False), x)

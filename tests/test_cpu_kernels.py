@@ -279,7 +279,7 @@ def test_linear_layer_equals_torch() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"groups": 2}, "groups"),
+        ({"groups": 2}, "do not fit"),
         ({"padding": (2, 2)}, "output is 7×7, must be"),
         ({"output_hw": (6, 7)}, "output is"),
         ({"weight_shape": (16, 16, 5, 3)}, "do not fit"),

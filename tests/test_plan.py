@@ -135,10 +135,9 @@ class _Body(nn.Module):
         self.conv = nn.Conv2d(4, 16, 3, padding=1)
         self.norm = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
-        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
         self.reflected = nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect")
-        self.same = nn.Conv2d(16, 16, 2, padding="same")
-        self.ceil = nn.MaxPool2d(2, ceil_mode=True)
+        self.thin = nn.Conv2d(16, 3, 1)
+        self.loose = nn.Parameter(torch.zeros(8, 16, 1, 1))
         self.again = nn.Conv2d(16, 16, 1)
         self.then = then
 
@@ -149,18 +148,21 @@ class _Body(nn.Module):
 @pytest.mark.parametrize(
     ("then", "where", "reason"),
     [
-        (lambda m, x: m.grouped(x), "grouped", "grouped convolution"),
         (lambda m, x: m.reflected(x), "reflected", "reflect"),
-        pytest.param(
-            lambda m, x: m.same(x),
-            "same",
-            "padding 'same'",
-            marks=pytest.mark.filterwarnings("ignore:Using padding='same'"),  # PyTorch's own, of even windows
-        ),
-        (lambda m, x: m.ceil(x), "ceil", "ceil mode"),
-        (lambda m, x: m.norm(F.relu(x)), "norm", "BatchNorm"),
+        (lambda m, x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), "avg_pool2d", "ceil mode"),
+        (lambda m, x: F.avg_pool2d(x, 2, divisor_override=3), "avg_pool2d", "own divisor"),
+        (lambda m, x: F.relu(F.pad(x, (1, 1, 0, 0))), "relu", "not read by a convolution"),
+        (lambda m, x: F.pad(x, (1, 1, 0, 0), value=1.0), "pad", "other values than zero"),
+        (lambda m, x: m.again(F.pad(x, (2, 1, 0, 0))), "again", "padding of 2 left and 1 right"),
+        (lambda m, x: F.conv2d(x, m.again.weight * 2.0), "mul", "not a feature map"),
+        (lambda m, x: F.conv2d(x, m.loose), "conv2d", "no layer's own"),
+        (lambda m, x: F.conv2d(x, m.again.weight), "conv2d", "bias that is not its layer's"),
+        (lambda m, x: F.hardtanh(x), "hardtanh", "from -1.0"),
+        (lambda m, x: x * x.mean(1, keepdim=True), "mean", "other dimensions"),
+        (lambda m, x: torch.cat([x[:, :3], x], 1), "getitem", "no rule"),
+        (lambda m, x: torch.cat([m.thin(x), x], 1), "cat", "3 channels, not a multiple of 16"),
         (lambda m, x: F.gelu(x), "gelu", "no rule"),
-        (lambda m, x: torch.cat([x, x], 1), "cat", "no rule"),
+        (lambda m, x: torch.cat([x, x], 2), "cat", "something else than channels"),
         (lambda m, x: x + 1.0, "add", "not a feature map"),
         (lambda m, x: x + x.mean([2, 3], keepdim=True), "add", "broadcasts"),
         (lambda m, x: m.relu(x) + x, "relu", "in place"),

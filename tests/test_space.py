@@ -40,7 +40,8 @@ def space_file(tmp_path: Path, text: str) -> Path:
 def test_default_space_leaves_first_conv_and_classifier_dense() -> None:
     space = load_space("cpu-default", LAYERS)
     assert space.choices["stem"] == space.choices["fc"] == (Dense(),)
-    assert [layer.name for layer in space.searched] == ["block1.conv", "block1.short", "block2.conv", "block2.tiny"]
+    searched = [layer.name for layer in space.searched]
+    assert searched == ["block1.conv", "block1.short", "block2.conv", "block2.tiny", "fc1"]
 
 
 def test_default_space_offers_a_wide_3x3_conv_every_kernel_family() -> None:
@@ -58,7 +59,8 @@ def test_default_space_drops_what_a_layer_cannot_take() -> None:
     assert not any(isinstance(c, Block) and c.filters == 32 for c in choices["block1.conv"])
     assert {c.kind for c in choices["block2.tiny"]} == {"dense", "pattern", "fine", "ck"}
     assert {c.kind for c in choices["block1.short"]} == {"dense", "block", "fine"}
-    assert choices["block2.depth"] == choices["block2.wide"] == choices["fc1"] == (Dense(),)
+    assert choices["block2.depth"] == choices["block2.wide"] == (Dense(),)
+    assert {c.kind for c in choices["fc1"]} == {"dense", "block", "fine", "nm"}
 
 
 def test_choices_are_ordered_dense_then_by_density_then_by_text() -> None:

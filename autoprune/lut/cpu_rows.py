@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from autoprune.core.choices import Choice
@@ -25,7 +24,7 @@ from autoprune.kernels.dense import torch_threads
 from autoprune.kernels.deployed import tile_of
 from autoprune.kernels.plan import kernel_for
 from autoprune.lut.context import Context
-from autoprune.lut.measure import Effort, call_timer, sample_rounds
+from autoprune.lut.measure import Effort, sample_rounds
 from autoprune.lut.row import Row
 from autoprune.sparsity.masks import make_mask
 
@@ -99,14 +98,10 @@ def measure_layer(layer: LayerSpec, choices: Sequence[Choice], setting: Setting)
 
 
 def _candidate(layer: LayerSpec, choice: Choice, weight: Tensor, setting: Setting) -> _Candidate:
-    if layer.groups != 1:
-        return _torch_candidate(layer, weight, setting.context)
     masked = weight * make_mask(weight, choice)
     kernel, block = kernel_for(choice)
-    # Tokens of a linear layer are more rows of the same run.
-    images = setting.images * (layer.input_hw[0] * layer.input_hw[1] if layer.op == "linear" else 1)
     spec = _as_conv(layer)
-    program = Program(images, setting.context.threads)
+    program = Program(setting.images, setting.context.threads)
     pairs = _maps(program, spec)
     for x, out in pairs:
         kcrs, bias = masked.reshape(spec.weight_shape), torch.linspace(0.0, 1.0, layer.filters)
@@ -152,16 +147,6 @@ def _maps(program: Program, spec: LayerSpec) -> list[tuple[Buffer, Buffer]]:
 def _as_conv(layer: LayerSpec) -> LayerSpec:
     if layer.op == "conv":
         return layer
-    shape = (*layer.weight_shape, 1, 1)
-    return replace(layer, op="conv", weight_shape=shape, input_hw=(1, 1), output_hw=(1, 1))
-
-
-def _torch_candidate(layer: LayerSpec, weight: Tensor, context: Context) -> _Candidate:
-    """A grouped convolution, which deployment leaves to PyTorch."""
-    x = torch.randn(context.batch, layer.channels, *layer.input_hw).contiguous(memory_format=torch.channels_last)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-
-    def run() -> object:
-        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-
-    return _Candidate(call_timer(run), 4 * layer.weights, "torch")
+    # Tokens are pixels side by side, as deployment lays them out.
+    tokens = (1, layer.input_hw[0] * layer.input_hw[1])
+    return replace(layer, op="conv", weight_shape=(*layer.weight_shape, 1, 1), input_hw=tokens, output_hw=tokens)

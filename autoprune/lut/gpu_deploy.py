@@ -17,7 +17,7 @@ from autoprune.core.choices import Choice, Dense
 from autoprune.core.errors import MeasurementError
 from autoprune.core.layers import LayerSpec
 from autoprune.kernels.fold import fold_batchnorm
-from autoprune.kernels.fused import FusedNetwork
+from autoprune.kernels.fused import FusedNetwork, refusal_of
 from autoprune.kernels.gpu_layers import LayerModule, Place, Source, build_layer
 from autoprune.kernels.gpu_plan import dense_config, ring_pays
 from autoprune.kernels.plan import Plan, build_plan
@@ -39,6 +39,9 @@ def gpu_plan(model: nn.Module, example: Tensor) -> Plan:
     plan = build_plan(model, example, {})
     if not isinstance(plan, Plan):
         raise MeasurementError(f"the model is not one flat plan, which a GPU's table is calibrated on: {plan}.")
+    refusal = refusal_of(plan)
+    if refusal is not None:
+        raise MeasurementError(f"the model is not one flat plan, which a GPU's table is calibrated on: {refusal}.")
     return plan
 
 

@@ -45,7 +45,7 @@ from autoprune.search.setup import (
 )
 from autoprune.search.study import Study
 from autoprune.search.workshop import Workshop
-from autoprune.search_spaces.trace import trace
+from autoprune.search_spaces.trace import trace_report
 from autoprune.tasks.metrics import metric_of
 from autoprune.tasks.task import Task, judged_task, load_task
 
@@ -100,8 +100,11 @@ def _check(config: SearchConfig) -> None:
 
 
 def _search(config: SearchConfig, task: Task, progress: Progress) -> Result:
-    layers = trace(task.model, task.example)
+    report = trace_report(task.model, task.example)
+    layers = report.layers
     space, groups = open_space(config.space, task.model, task.example, layers, config.device)
+    for line in report.notes():
+        progress.note(line)
     run = RunDir.open(config.runs_dir, config.name, config.resolved(), fresh=config.fresh)
     if run.result.exists():
         progress.note(f"{run.path} is finished; showing its result (--fresh starts over)")

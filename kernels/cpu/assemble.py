@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from autoprune.kernels.cpu.assemble_common import Row, Work, epilogue, items, target
+from autoprune.kernels.cpu.assemble_common import Row, Work, epilogue, float_bits, items, padded, target
 from autoprune.kernels.cpu.assemble_csr import csr_rows
 from autoprune.kernels.cpu.bands import Share, deal
 from autoprune.kernels.cpu.layout import Strides, cover_cost, round_up
 from autoprune.kernels.cpu.memory import Buffer, Memory
-from autoprune.kernels.cpu.operations import Conv, Elementwise, Operation, Pool
+from autoprune.kernels.cpu.operations import Conv, Depthwise, Elementwise, Operation, Pool
 from autoprune.kernels.cpu.rows import Field, Op
 from autoprune.kernels.cpu.shapes import LANES, vector_registers
-from autoprune.kernels.formats import Blocked
+from autoprune.kernels.formats import Blocked, aligned
 
 
 def assemble(operation: Operation, memory: Memory, work: Work, share: Share) -> tuple[list[Row], int]:
@@ -24,8 +24,12 @@ def assemble(operation: Operation, memory: Memory, work: Work, share: Share) -> 
         if operation.kernel == "csr":
             return csr_rows(operation, memory, work, share)
         return _blocks(operation, memory, share)
-    row = _elementwise(operation, memory) if isinstance(operation, Elementwise) else _pool(operation, memory)
-    return [row | _lines(operation.out, memory, share)], 0
+    size = 0
+    if isinstance(operation, Depthwise):
+        row, size = _depthwise(operation, memory)
+    else:
+        row = _elementwise(operation, memory) if isinstance(operation, Elementwise) else _pool(operation, memory)
+    return [row | _lines(operation.out, memory, share)], size
 
 
 def _lines(buffer: Buffer, memory: Memory, share: Share) -> Row:
@@ -117,14 +121,52 @@ def _block_tiles(conv: Conv, memory: Memory, cover: Sequence[tuple[int, int, int
     return np.ascontiguousarray(np.stack(columns, axis=1).astype(np.int32))
 
 
+def _depthwise(conv: Depthwise, memory: Memory) -> tuple[Row, int]:
+    layer, strides = conv.layer, memory.strides[conv.x.index]
+    channels, _, rows, columns = conv.weight.shape
+    packed = aligned((rows * columns, round_up(channels, LANES)), np.float32)
+    packed[:, :channels] = conv.weight.reshape(channels, -1).T
+    row = target(Op.DEPTHWISE, conv.out, memory) | epilogue(conv, memory)
+    row |= {
+        Field.X: memory.at(conv.x, -layer.padding[0], -layer.padding[1]),
+        Field.X_IMAGE: strides.image,
+        Field.X_ROW: layer.stride[0] * strides.row,
+        Field.X_STEP: layer.stride[1] * strides.pixel,
+        Field.TAP_ROW: layer.dilation[0] * strides.row,
+        Field.TAP_STEP: layer.dilation[1] * strides.pixel,
+        Field.WINDOW_H: rows,
+        Field.WINDOW_W: columns,
+        Field.WEIGHTS: memory.keep(packed),
+    }
+    return row, packed.nbytes
+
+
 def _elementwise(operation: Elementwise, memory: Memory) -> Row:
     row = target(Op.ADD, operation.out, memory)
+    row[Field.OUT] += 4 * operation.offset
+    row[Field.CHANNELS] = round_up(operation.x.channels, LANES) // LANES
     x = memory.strides[operation.x.index]
     row |= {Field.X: memory.at(operation.x), Field.X_IMAGE: x.image, Field.X_ROW: x.row, Field.X_STEP: x.pixel}
     if operation.y is not None:
         y = memory.strides[operation.y.index]
-        row |= {Field.Y: memory.at(operation.y), Field.Y_IMAGE: y.image, Field.Y_ROW: y.row, Field.STRIDE_W: y.pixel}
-    return row | {Field.RELU: int(operation.relu)}
+        whole = (operation.y.height, operation.y.width) == (operation.x.height, operation.x.width)
+        row |= {
+            Field.Y: memory.at(operation.y),
+            Field.Y_IMAGE: y.image,
+            Field.Y_ROW: y.row if whole else 0,
+            Field.STRIDE_W: y.pixel if whole else 0,
+        }
+    if operation.scale is not None and operation.shift is not None:
+        row |= {
+            Field.SCALE: memory.keep(padded(operation.scale)),
+            Field.SHIFT: memory.keep(padded(operation.shift)),
+        }
+    return row | {
+        Field.RELU: int(operation.relu),
+        Field.CAP: float_bits(operation.cap),
+        Field.TIMES: int(operation.times),
+        Field.CURVE: int(operation.curve),
+    }
 
 
 def _pool(pool: Pool, memory: Memory) -> Row:
@@ -141,7 +183,7 @@ def _pool(pool: Pool, memory: Memory) -> Row:
         Field.STRIDE_W: pool.stride,
         Field.PAD_H: pool.padding,
         Field.PAD_W: pool.padding,
-        Field.MEAN: int(pool.mean),
+        Field.MEAN: int(pool.mean) + int(pool.mean and pool.inside),
         Field.IN_HEIGHT: pool.x.height,
         Field.IN_WIDTH: pool.x.width,
     }

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from autoprune.kernels.cpu.layout import round_up
 from autoprune.kernels.cpu.memory import Buffer, Memory
-from autoprune.kernels.cpu.operations import Conv
+from autoprune.kernels.cpu.operations import Conv, Depthwise
 from autoprune.kernels.cpu.rows import Field, Op
 from autoprune.kernels.cpu.shapes import LANES
 from autoprune.kernels.formats import aligned
@@ -48,9 +48,13 @@ def items(
     return row if dealt is None else row | {Field.BANDS: memory.keep(dealt)}
 
 
-def epilogue(conv: Conv, memory: Memory) -> Row:
-    """Return the fields of bias, residual and rectifier."""
-    row: Row = {Field.RELU: int(conv.epilogue.relu), Field.BIAS: memory.keep(_padded_bias(conv))}
+def epilogue(conv: Conv | Depthwise, memory: Memory) -> Row:
+    """Return the fields of bias, residual, rectifier and ceiling."""
+    row: Row = {
+        Field.RELU: int(conv.epilogue.relu),
+        Field.CAP: float_bits(conv.epilogue.cap),
+        Field.BIAS: memory.keep(padded(conv.bias)),
+    }
     residual = conv.epilogue.residual
     if residual is not None:
         strides = memory.strides[residual.index]
@@ -63,7 +67,13 @@ def epilogue(conv: Conv, memory: Memory) -> Row:
     return row
 
 
-def _padded_bias(conv: Conv) -> npt.NDArray[np.generic]:
-    bias = aligned((round_up(len(conv.bias), 2 * LANES),), np.float32)
-    bias[: len(conv.bias)] = conv.bias
-    return bias
+def padded(values: npt.NDArray[np.float32]) -> npt.NDArray[np.generic]:
+    """Return values followed by zeros, to whole pairs of vectors."""
+    whole = aligned((round_up(len(values), 2 * LANES),), np.float32)
+    whole[: len(values)] = values
+    return whole
+
+
+def float_bits(value: float) -> int:
+    """Return the bits of a float32 as a number."""
+    return int(np.float32(value).view(np.int32))

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autoprune.kernels.cpu.memory import Buffer
-from autoprune.kernels.cpu.operations import Conv, Elementwise, Operation, Pool
+from autoprune.kernels.cpu.operations import Conv, Depthwise, Elementwise, Operation, Pool
 
 MEET = -1  # in place of an operation to wait for: all threads meet
 # Beyond this every core would read its own copy of the weights from the shared cache.
@@ -71,6 +71,7 @@ class _Step:
     kind: Kind
     out: Buffer
     reads: list[tuple[Buffer, Callable[[int, int], Rows]]]
+    partly: bool = False  # other operations write other channels of the same map
     edges: list[list[int]] = field(default_factory=list)  # per thread: top, bottom
 
 
@@ -116,6 +117,10 @@ def _same(first: int, last: int) -> Rows:
     return first, last
 
 
+def _first(first: int, last: int) -> Rows:
+    return 0, 1
+
+
 def _window(stride: int, padding: int, reach: int, height: int) -> Callable[[int, int], Rows]:
     """Return which input rows a range of output rows reads."""
     return lambda first, last: (
@@ -125,63 +130,71 @@ def _window(stride: int, padding: int, reach: int, height: int) -> Callable[[int
 
 def _step(operation: Operation, threads: int) -> _Step:
     kind: Kind = "band" if operation.out.height >= 2 * threads else "solo"
-    if isinstance(operation, Conv):
+    partly = False
+    if isinstance(operation, Conv | Depthwise):
         layer = operation.layer
         reach = (layer.window[0] - 1) * layer.dilation[0] + 1
         reads = [(operation.x, _window(layer.stride[0], layer.padding[0], reach, operation.x.height))]
         if operation.epilogue.residual is not None:
             reads.append((operation.epilogue.residual, _same))
-        kept = operation.weight.size if operation.kernel == "dense" else int(np.count_nonzero(operation.weight))
+        whole = isinstance(operation, Depthwise) or operation.kernel == "dense"
+        kept = operation.weight.size if whole else int(np.count_nonzero(operation.weight))
         macs = kept * operation.out.height * operation.out.width
         if 4 * kept > BAND_WEIGHT_BYTES or (kind == "solo" and macs > SHARED_MACS):
             kind = "units"
     elif isinstance(operation, Elementwise):
-        reads = [(buffer, _same) for buffer in (operation.x, operation.y) if buffer is not None]
+        # One value for a whole channel stands in the only row of its map.
+        reads = [
+            (buffer, _same if buffer.height == operation.out.height else _first)
+            for buffer in (operation.x, operation.y)
+            if buffer is not None
+        ]
+        partly = operation.x.channels < operation.out.channels
     else:
         assert isinstance(operation, Pool)
         reads = [(operation.x, _window(operation.stride, operation.padding, operation.window[0], operation.x.height))]
-    return _Step(kind, operation.out, reads)
+    return _Step(kind, operation.out, reads, partly)
 
 
 def _waits(steps: Sequence[_Step], threads: int) -> Iterator[int]:
     """Yield what each step has to wait for, and note in earlier steps which rows others wait for."""
     met = 0  # steps before this one are done by all threads
-    writer: dict[int, int] = {}
+    writers: dict[int, list[int]] = {}
     readers: dict[int, list[tuple[int, bool]]] = {}
     for index, step in enumerate(steps):
         meet = step.kind == "units" or (index > 0 and steps[index - 1].kind == "units")
         wait = 0
         remote: set[int] = set()  # buffers of which it reads a neighbour's rows
         for buffer, rows in step.reads:
-            written = writer.get(buffer.index, -1)
+            recent = [written for written in writers.get(buffer.index, []) if written >= met]
             if step.kind == "band":
-                distance = _note_edges(step, rows, buffer, None if written < met else steps[written], threads)
+                distance = _note_edges(step, rows, buffer, [steps[written] for written in recent], threads)
                 remote |= {buffer.index} if distance else set()
-                meet |= written >= met and (distance > 1 or steps[written].kind != "band")
-                if written >= met and distance == 1:
-                    wait = max(wait, written + 1)
-            elif written >= met:
-                meet |= steps[written].kind != step.kind
+                meet |= any(distance > 1 or steps[written].kind != "band" for written in recent)
+                if distance == 1:
+                    wait = max([wait, *(written + 1 for written in recent)])
+            else:
+                meet |= any(steps[written].kind != step.kind for written in recent)
         # What others may still read, or write, must not be overwritten.
         for reader, far in readers.get(step.out.index, []):
             if reader >= met:
                 meet |= steps[reader].kind != step.kind
                 wait = max(wait, reader + 1) if far else wait
-        before = writer.get(step.out.index, -1)
-        meet |= before >= met and steps[before].kind != step.kind
+        before = writers.get(step.out.index, [])
+        meet |= any(steps[written].kind != step.kind for written in before if written >= met)
         if meet:
             met = index
         yield MEET if meet else wait
-        writer[step.out.index] = index
+        writers[step.out.index] = [*before, index] if step.partly else [index]
         readers[step.out.index] = []
         for buffer, _ in step.reads:
             readers.setdefault(buffer.index, []).append((index, buffer.index in remote))
 
 
 def _note_edges(
-    step: _Step, rows: Callable[[int, int], Rows], buffer: Buffer, writer: _Step | None, threads: int
+    step: _Step, rows: Callable[[int, int], Rows], buffer: Buffer, writers: Sequence[_Step], threads: int
 ) -> int:
-    """Note which rows of ``step`` read a neighbour's rows of ``buffer``, and which of the writer's rows those are.
+    """Note which rows of ``step`` read a neighbour's rows of ``buffer``, and which of its writers' rows those are.
 
     Returns:
         How far the rows that are read lie: 0 in the own band, 1 in a neighbour's, 2 beyond.
@@ -193,14 +206,14 @@ def _note_edges(
         if above:
             step.edges[thread][0] = max(step.edges[thread][0], _rows_reading(rows, range(low, high), first, last))
             distance = max(distance, 1 if thread and above <= first - own[thread - 1][0] else 2)
-            if writer is not None and thread:
+            for writer in writers if thread else []:
                 writer.edges[thread - 1][1] = max(writer.edges[thread - 1][1], above)
         if below:
             turned = range(high - 1, low - 1, -1)
             step.edges[thread][1] = max(step.edges[thread][1], _rows_reading(rows, turned, first, last))
             near = thread + 1 < threads and below <= own[thread + 1][1] - last
             distance = max(distance, 1 if near else 2)
-            if writer is not None and thread + 1 < threads:
+            for writer in writers if thread + 1 < threads else []:
                 writer.edges[thread + 1][0] = max(writer.edges[thread + 1][0], below)
     return distance
 

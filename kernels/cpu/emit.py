@@ -67,6 +67,21 @@ def at_least(b: ir.IRBuilder, value: ir.Value, floor: ir.Value) -> ir.Value:
     return b.select(b.fcmp_ordered("<", value, floor), floor, value)
 
 
+def at_most(b: ir.IRBuilder, value: ir.Value, cap: ir.Value) -> ir.Value:
+    """Return the lane-wise minimum; a NaN in ``value`` stays."""
+    return b.select(b.fcmp_ordered(">", value, cap), cap, value)
+
+
+def cap_of(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """Return in all lanes the float32 whose bits an int64 holds."""
+    return splat(b, b.bitcast(b.trunc(bits, I32), F32))
+
+
+def constant(value: float) -> ir.Constant:
+    """Return ``value`` in all lanes."""
+    return ir.Constant(VEC, [value] * LANES)
+
+
 def floor_of(b: ir.IRBuilder, relu: ir.Value) -> ir.Value:
     """Return the vector that ``at_least`` needs: zero where ``relu`` is not 0, minus infinity else."""
     return b.select(b.icmp_signed("!=", relu, i64(0)), ZERO, ir.Constant(VEC, [float("-inf")] * LANES))

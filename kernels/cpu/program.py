@@ -5,29 +5,18 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from autoprune.core.errors import ModelError
-from autoprune.core.layers import LayerSpec
 from autoprune.kernels.cpu.assemble import assemble, transfer
 from autoprune.kernels.cpu.assemble_common import Row, Work
 from autoprune.kernels.cpu.bands import ALONE, Share, agree
 from autoprune.kernels.cpu.memory import Buffer, Memory
-from autoprune.kernels.cpu.operations import (
-    Conv,
-    Elementwise,
-    Epilogue,
-    Operation,
-    Pool,
-    check_conv,
-    check_pool,
-    check_same,
-    floats,
-)
+from autoprune.kernels.cpu.operations import Conv, Elementwise, Epilogue
+from autoprune.kernels.cpu.recorder import Recorder
 from autoprune.kernels.cpu.rows import ROW_FIELDS, Control, Field, Op, control_size
 from autoprune.kernels.cpu.team import Team
 from autoprune.kernels.formats import aligned
@@ -37,7 +26,7 @@ __all__ = ["Buffer", "Epilogue", "Program"]
 CHUNK_BYTES = 2 * 1024 * 1024  # activations of the images that pass all rows together; measured flat from 1 to 4 MiB
 
 
-class Program:
+class Program(Recorder):
     """Records operations on buffers, then runs them as often as asked without returning to Python in between.
 
     Use: ``buffer``, ``conv``, ``add`` …, optionally ``set_input`` and ``set_output``, then ``finish``, then ``run`` or
@@ -55,94 +44,11 @@ class Program:
         """
         if batch < 1 or not 1 <= threads <= 62:
             raise ModelError(f"program: batch {batch}, threads {threads}: at least 1 each and at most 62 threads.")
-        self.batch, self.threads = batch, threads
-        self._buffers: list[Buffer] = []
-        self._operations: list[Operation] = []
-        self._input: Buffer | None = None
-        self._output: Buffer | None = None
+        super().__init__(batch)
+        self.threads = threads
         self._memory: Memory | None = None
         self._weight_bytes = self._workspace_bytes = 0
         self._lock = threading.Lock()
-
-    def buffer(self, channels: int, height: int, width: int, halo: int = 0) -> Buffer:
-        """Return the handle of a new activation map with ``halo`` zero pixels around each image."""
-        self._check_open()
-        if min(channels, height, width) < 1 or halo < 0:
-            raise ModelError(f"buffer of {channels}×{height}×{width}, halo {halo}: sizes must be at least 1, halo 0.")
-        self._buffers.append(Buffer(len(self._buffers), self.batch, channels, height, width, halo))
-        return self._buffers[-1]
-
-    def set_input(self, buffer: Buffer) -> None:
-        """Name the buffer that ``run`` fills from its NCHW tensor."""
-        self._check_open()
-        self._input = buffer
-
-    def set_output(self, buffer: Buffer) -> None:
-        """Name the buffer that ``run`` returns."""
-        self._check_open()
-        self._output = buffer
-
-    def conv(
-        self,
-        x: Buffer,
-        out: Buffer,
-        layer: LayerSpec,
-        weight_KCRS: torch.Tensor,
-        bias_K: torch.Tensor | None,
-        kernel: Literal["dense", "block", "csr"],
-        epilogue: Epilogue = Epilogue(),  # noqa: B008
-        block: int = 16,
-    ) -> None:
-        """Add a convolution, or a linear layer as a 1×1 convolution on a 1×1 map.
-
-        Args:
-            x: Input; its halo is at least the layer's padding.
-            out: Output, another buffer than ``x``.
-            layer: Shape, stride, padding, dilation; one group.
-            weight_KCRS: (K, C, R, S), or (out, in) of a linear layer; already masked.
-            bias_K: (K) or None.
-            kernel: ``dense`` keeps all weights, ``block`` the blocks and ``csr`` the weights that are not 0.
-            epilogue: Residual and rectifier.
-            block: Filters per block, 16 or 32; only for ``block``.
-        Raises:
-            ModelError: Sizes do not fit together.
-        """
-        self._check_open()
-        weight = floats(weight_KCRS)
-        weight = weight.reshape(*weight.shape, 1, 1) if weight.ndim == 2 else weight
-        bias = np.zeros(len(weight), np.float32) if bias_K is None else floats(bias_K)
-        operation = Conv(x, out, layer, weight, bias, kernel, epilogue, block)
-        check_conv(operation)
-        self._operations.append(operation)
-
-    def add(self, x: Buffer, y: Buffer, out: Buffer, relu: bool) -> None:
-        """Add ``out = x + y``, rectified if ``relu``; ``out`` may be one of the two."""
-        self._check_open()
-        check_same("add", x, y, out)
-        self._operations.append(Elementwise(x, y, out, relu))
-
-    def relu(self, x: Buffer, out: Buffer) -> None:
-        """Add ``out = max(x, 0)``; ``out`` may be ``x``."""
-        self._check_open()
-        check_same("relu", x, out)
-        self._operations.append(Elementwise(x, None, out, True))
-
-    def global_avg_pool(self, x: Buffer, out: Buffer) -> None:
-        """Add the mean over all pixels; ``out`` is a 1×1 map."""
-        self._pool(Pool(x, out, (x.height, x.width), 1, 0, True))
-
-    def max_pool(self, x: Buffer, out: Buffer, kernel: int, stride: int, padding: int) -> None:
-        """Add the maximum over ``kernel`` × ``kernel`` windows; padding never wins."""
-        self._pool(Pool(x, out, (kernel, kernel), stride, padding, False))
-
-    def avg_pool(self, x: Buffer, out: Buffer, kernel: int, stride: int, padding: int) -> None:
-        """Add the mean over ``kernel`` × ``kernel`` windows; padding counts as zeros."""
-        self._pool(Pool(x, out, (kernel, kernel), stride, padding, True))
-
-    def _pool(self, pool: Pool) -> None:
-        self._check_open()
-        check_pool(pool)
-        self._operations.append(pool)
 
     def finish(self) -> None:
         """Freeze the program: allocate buffers, pack weights, plan tiles, write the table."""
@@ -248,10 +154,14 @@ class Program:
         if x_NCHW.dtype != torch.float32 or x_NCHW.shape != self._in_shape:
             want = "×".join(map(str, self._in_shape))
             raise ModelError(f"program: input is {tuple(x_NCHW.shape)} {x_NCHW.dtype}; it takes float32 of {want}.")
-        x = x_NCHW.contiguous()
+        last = x_NCHW.dim() == 4 and not x_NCHW.is_contiguous() and _is_channels_last(x_NCHW)
+        x = x_NCHW if last else x_NCHW.contiguous()
         result = torch.empty(self._out_shape)
+        out_last = last and len(self._out_shape) == 4
+        if out_last:  # a user who keeps channels last gets them back so
+            result = result.contiguous(memory_format=torch.channels_last)
         with self._lock:
-            self._ready_team().run_on(x.data_ptr(), result.data_ptr())
+            self._ready_team().run_on(x.data_ptr() + last, result.data_ptr() + out_last)
         return result
 
     def time_us(self, repeats: int) -> npt.NDArray[np.float64]:
@@ -316,9 +226,13 @@ class Program:
         if self._memory is None:
             raise ModelError("program: call finish() first; nothing runs and no buffer has memory before.")
 
-    def _check_open(self) -> None:
-        if self._memory is not None:
-            raise ModelError("program: it is finished; build a new one to change it.")
+    @property
+    def _is_finished(self) -> bool:
+        return self._memory is not None
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _tensor_shape(buffer: Buffer | None) -> tuple[int, ...]:

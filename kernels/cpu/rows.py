@@ -1,4 +1,4 @@
-"""The instruction row: 56 int64 fields that tell the compiled loop what to do. Strides are bytes, pointers addresses.
+"""The instruction row: 64 int64 fields that tell the compiled loop what to do. Strides are bytes, pointers addresses.
 
 Output pixels are not listed here one by one: ``TILES`` points to the row's items, made once when the program is frozen:
 tiles that cover one image (int32 quadruples), or numbers (int32) of vectors or of rows of pixels.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-ROW_FIELDS = 56
+ROW_FIELDS = 64
 ROW_BYTES = 8 * ROW_FIELDS
 
 
@@ -18,10 +18,11 @@ class Op(IntEnum):
     BLOCK = 1  # convolution, lanes = 16 filters
     PLANAR = 2  # gather a buffer into pixel-major planes
     CSR = 3  # convolution over planes, lanes = pixels
-    ADD = 4  # out = floor(x + y)
+    ADD = 4  # elementwise: out = curve(floor(x · scale + shift + y)), or · y
     POOL = 5  # window maximum or mean
     INPUT = 6  # user's NCHW tensor → buffer
     OUTPUT = 7  # buffer → user's NCHW tensor
+    DEPTHWISE = 8  # convolution of every channel by itself, lanes = 16 channels
 
 
 class Field(IntEnum):
@@ -70,20 +71,37 @@ class Field(IntEnum):
     STRIDE_W = 41
     PAD_H = 42
     PAD_W = 43
-    MEAN = 44  # pool: 1 mean, 0 maximum
+    MEAN = 44  # pool: 0 maximum, 1 mean of the window, 2 mean of what of it lies inside the map
     IN_HEIGHT = 45
     IN_WIDTH = 46
     BLOCKS = 47  # csr: blocks of input channels
-    BANDS = 48  # int32[threads][4]: a thread's first item, its first inner one, its end; 0: all share all units
-    WAIT = 49  # before the row: number that the neighbours must have announced, 0 for none, -1: all threads meet
-    MARK = 50  # announced when the edge items are done; 0 for nothing
+    CAP = 48  # bits of the float32 that results are cut at
+    CURVE = 49  # elementwise: a Curve
+    SCALE = 50  # elementwise: float32 per channel, 0 if none
+    SHIFT = 51
+    TIMES = 52  # elementwise: 1 multiplies by y, 0 adds it
+    TAP_ROW = 53  # depthwise: from one tap to the next below
+    TAP_STEP = 54  # depthwise: from one tap to the next beside
+    BANDS = 55  # int32[threads][4]: a thread's first item, its first inner one, its end; 0: all share all units
+    WAIT = 56  # before the row: number that the neighbours must have announced, 0 for none, -1: all threads meet
+    MARK = 57  # announced when the edge items are done; 0 for nothing
+
+
+class Curve(IntEnum):
+    """Activations that take more than a floor and a ceiling."""
+
+    NONE = 0
+    HARDSWISH = 1  # x · hardsigmoid(x)
+    HARDSIGMOID = 2  # min(max(x + 3, 0), 6) / 6
+    SILU = 3  # x · sigmoid(x)
+    SIGMOID = 4
 
 
 class Control(IntEnum):
     """Index of an int64 in the control block that the threads of a program share; a cache line (8) apart."""
 
-    SOURCE = 0  # address of the user's input
-    TARGET = 1  # address of the user's output
+    SOURCE = 0  # address of the user's input; + 1 if its memory is channels-last
+    TARGET = 1  # address of the user's output; likewise
     REPEATS = 2
     TIMES = 3  # address of int64 nanoseconds, or 0
     PROFILE = 4  # 1: TIMES holds one number per run and row, 0: per run

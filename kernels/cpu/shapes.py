@@ -65,6 +65,8 @@ GRADIENT_TILES = (
 )
 # Vectors of 16 pixels that the gradient of single weights holds at a time.
 GRADIENT_RUNS = (1, 4, 7, 13)
+# Neighbouring pixels of a depthwise tile: they share each weight's load.
+DEPTHWISE_TILES = (8, 4, 1)
 CSR_TILES = (
     CsrTile(1, 4),
     CsrTile(2, 4),

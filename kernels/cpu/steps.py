@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from numba import njit
 
-from autoprune.kernels.cpu.rows import Field, Op
-from autoprune.kernels.cpu.select import run_block_tile, run_csr_tile
+from autoprune.kernels.cpu.rows import Curve, Field, Op
+from autoprune.kernels.cpu.select import run_block_tile, run_csr_tile, run_depthwise_tile
 from autoprune.kernels.cpu.vector import (
-    add_vector,
     copy_bytes,
     copy_float,
+    elementwise_vector,
     exchange,
     gather_transposed,
+    hard_vector,
     peek,
     peek32,
     pool_vector,
     scatter_transposed,
+    smooth_vector,
+    transpose_block,
 )
 
 
@@ -104,12 +107,13 @@ def _csr(
             scatter_transposed(
                 scratch + 64 * v, size, out, _get(row, Field.PIXELS) + pixels + 64 * v,
                 res, _get(row, Field.RES_PIXELS) + pixels + 64 * v,
-                _get(row, Field.BIAS) + 64 * group, _get(row, Field.RELU),
+                _get(row, Field.BIAS) + 64 * group, _get(row, Field.RELU), _get(row, Field.CAP),
             )
 
 
 @njit(nogil=True)
-def _add(row: int, image: int, line: int) -> None:
+def _elementwise(row: int, image: int, line: int) -> None:
+    scale, shift, curve = _get(row, Field.SCALE), _get(row, Field.SHIFT), _get(row, Field.CURVE)
     relu, y, width, channels = (
         _get(row, Field.RELU), _get(row, Field.Y), _get(row, Field.WIDTH), _get(row, Field.CHANNELS)
     )
@@ -119,8 +123,35 @@ def _add(row: int, image: int, line: int) -> None:
     for pixel in range(width):
         for c in range(channels):
             b_here = b + pixel * _get(row, Field.STRIDE_W) + 64 * c if y != 0 else 0
-            a_here = a + pixel * _get(row, Field.X_STEP) + 64 * c
-            add_vector(out + pixel * _get(row, Field.OUT_STEP) + 64 * c, a_here, b_here, relu)
+            to = out + pixel * _get(row, Field.OUT_STEP) + 64 * c
+            elementwise_vector(
+                to, a + pixel * _get(row, Field.X_STEP) + 64 * c, b_here, _get(row, Field.TIMES),
+                scale + 64 * c if scale != 0 else 0, shift + 64 * c if scale != 0 else 0, relu,
+                _get(row, Field.CAP),
+            )
+            if curve == Curve.HARDSWISH or curve == Curve.HARDSIGMOID:
+                hard_vector(to, 1 if curve == Curve.HARDSWISH else 0)
+            elif curve != Curve.NONE:
+                smooth_vector(to, 1 if curve == Curve.SILU else 0)
+
+
+@njit(nogil=True)
+def _depthwise(row: int, image: int, line: int) -> None:
+    width, groups = _get(row, Field.WIDTH), _get(row, Field.CHANNELS)
+    step, out_step = _get(row, Field.X_STEP), _get(row, Field.OUT_STEP)
+    weights, bias = _get(row, Field.WEIGHTS), _get(row, Field.BIAS)
+    x = _get(row, Field.X) + image * _get(row, Field.X_IMAGE) + line * _get(row, Field.X_ROW)
+    out = _get(row, Field.OUT) + image * _get(row, Field.OUT_IMAGE) + line * _get(row, Field.OUT_ROW)
+    for c in range(groups):
+        pixel = 0
+        while pixel < width:
+            left = width - pixel
+            variant = 0 if left >= 8 else 1 if left >= 4 else 2
+            run_depthwise_tile(
+                variant, row, x + pixel * step + 64 * c, out + pixel * out_step + 64 * c, weights + 64 * c,
+                64 * groups, bias + 64 * c,
+            )
+            pixel += 8 if variant == 0 else 4 if variant == 1 else 1
 
 
 @njit(nogil=True)
@@ -128,7 +159,7 @@ def _pool(row: int, image: int, line: int) -> None:
     width, channels = _get(row, Field.WIDTH), _get(row, Field.CHANNELS)
     window_h, window_w = _get(row, Field.WINDOW_H), _get(row, Field.WINDOW_W)
     line_bytes, step = _get(row, Field.X_ROW), _get(row, Field.X_STEP)
-    mean_of = window_h * window_w if _get(row, Field.MEAN) != 0 else 0
+    kind = _get(row, Field.MEAN)
     top = line * _get(row, Field.STRIDE_H) - _get(row, Field.PAD_H)
     r0, r1 = max(top, 0), min(top + window_h, _get(row, Field.IN_HEIGHT))
     out = _get(row, Field.OUT) + image * _get(row, Field.OUT_IMAGE) + line * _get(row, Field.OUT_ROW)
@@ -136,6 +167,7 @@ def _pool(row: int, image: int, line: int) -> None:
     for pixel in range(width):
         left = pixel * _get(row, Field.STRIDE_W) - _get(row, Field.PAD_W)
         q0, q1 = max(left, 0), min(left + window_w, _get(row, Field.IN_WIDTH))
+        mean_of = 0 if kind == 0 else window_h * window_w if kind == 1 else (r1 - r0) * (q1 - q0)
         for c in range(channels):
             to = out + pixel * _get(row, Field.OUT_STEP) + 64 * c
             pool_vector(to, x + q0 * step + 64 * c, r1 - r0, line_bytes, q1 - q0, step, mean_of)
@@ -143,17 +175,34 @@ def _pool(row: int, image: int, line: int) -> None:
 
 @njit(nogil=True)
 def _exchange_user(row: int, user: int, inward: bool, image: int, line: int) -> None:
-    """Copy a line between the user's NCHW tensor at address ``user`` and a buffer (fields X…)."""
+    """Copy a line between the user's tensor at ``user`` (odd: channels-last memory, else NCHW) and a buffer."""
+    last_mode = user & 1
+    user -= last_mode
     channels, height, width = _get(row, Field.CHANNELS), _get(row, Field.HEIGHT), _get(row, Field.WIDTH)
     step = _get(row, Field.X_STEP)
     x = _get(row, Field.X) + image * _get(row, Field.X_IMAGE) + line * _get(row, Field.X_ROW)
+    if last_mode != 0:
+        outside = user + 4 * ((image * height + line) * width) * channels
+        for pixel in range(width):
+            here, there = x + pixel * step, outside + 4 * channels * pixel
+            copy_bytes(here if inward else there, there if inward else here, 4 * channels)
+        return
     outside = user + 4 * ((image * channels * height + line) * width)
     if channels == 1 and step == 4:
         copy_bytes(x if inward else outside, outside if inward else x, 4 * width)
         return
+    whole_c, whole_w = channels // 16 * 16, width // 16 * 16
+    plane = 4 * height * width
+    for c in range(0, whole_c, 16):
+        for pixel in range(0, whole_w, 16):
+            here, there = x + pixel * step + 4 * c, outside + c * plane + 4 * pixel
+            if inward:
+                transpose_block(here, step, there, plane)
+            else:
+                transpose_block(there, plane, here, step)
     for c in range(channels):
-        there = outside + 4 * c * height * width
-        for pixel in range(width):
+        there = outside + c * plane
+        for pixel in range(whole_w if c < whole_c else 0, width):
             here = x + pixel * step + 4 * c
             if inward:
                 copy_float(here, there + 4 * pixel)
@@ -169,7 +218,9 @@ def _lines(row: int, user: int, first: int, last: int, begin: int, end: int, par
     for unit in range(units * part // parts, units * (part + 1) // parts):
         image, line = first + unit // count, peek32(lines + 4 * (unit % count))
         if op == Op.ADD:
-            _add(row, image, line)
+            _elementwise(row, image, line)
+        elif op == Op.DEPTHWISE:
+            _depthwise(row, image, line)
         elif op == Op.POOL:
             _pool(row, image, line)
         else:

@@ -20,6 +20,8 @@ from autoprune.kernels.cpu.emit import (
     I64,
     ZERO,
     at_least,
+    at_most,
+    cap_of,
     floor_of,
     fma,
     i64,
@@ -70,9 +72,9 @@ def _finish(
 
     has_residual = b.zext(b.icmp_signed("!=", res, i64(0)), I64)
     sums = loop(b, has_residual, sums, add_residual)
-    floor = floor_of(b, field(b, row, Field.RELU))
+    floor, cap = floor_of(b, field(b, row, Field.RELU)), cap_of(b, field(b, row, Field.CAP))
     for total, address in zip(sums, addresses(out, Field.OUT_ROW, Field.OUT_STEP), strict=True):
-        store(b, at_least(b, total, floor), address)
+        store(b, at_most(b, at_least(b, total, floor), cap), address)
 
 
 def block_tile(tile: BlockTile) -> Callable[..., Any]:
@@ -128,6 +130,40 @@ def _total(b: ir.IRBuilder, sets: list[ir.Value], size: int) -> list[ir.Value]:
     for first in range(size, len(sets), size):
         total = [b.fadd(x, y) for x, y in zip(total, sets[first : first + size], strict=True)]
     return total
+
+
+def depthwise_tile(pixels: int) -> Callable[..., Any]:
+    """Return the intrinsic ``f(row, x, out, weights, tap_bytes, bias)``: 16 channels of ``pixels`` neighbours of a row.
+
+    ``weights`` is the address of the channels' weights of tap 0, ``tap_bytes`` the distance to the next tap's.
+    """
+
+    @kernel(6)
+    def depthwise(
+        b: ir.IRBuilder, row: ir.Value, x: ir.Value, out: ir.Value, weights: ir.Value, tap_bytes: ir.Value,
+        bias: ir.Value,
+    ) -> None:
+        steps = multiples(b, field(b, row, Field.X_STEP), pixels)
+        window_w, tap_row = field(b, row, Field.WINDOW_W), field(b, row, Field.TAP_ROW)
+        tap_step = field(b, row, Field.TAP_STEP)
+
+        def line(r: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            start = b.add(x, b.mul(r, tap_row))
+            first = b.add(weights, b.mul(b.mul(r, window_w), tap_bytes))
+
+            def tap(s: ir.Value, now: list[ir.Value]) -> list[ir.Value]:
+                w, here = load(b, b.add(first, b.mul(s, tap_bytes))), b.add(start, b.mul(s, tap_step))
+                return [fma(b, w, load(b, b.add(here, steps[p])), now[p]) for p in range(pixels)]
+
+            return loop(b, window_w, sums, tap)
+
+        sums = loop(b, field(b, row, Field.WINDOW_H), [load(b, bias)] * pixels, line)
+        floor, cap = floor_of(b, field(b, row, Field.RELU)), cap_of(b, field(b, row, Field.CAP))
+        places = multiples(b, field(b, row, Field.OUT_STEP), pixels)
+        for total, place in zip(sums, places, strict=True):
+            store(b, at_most(b, at_least(b, total, floor), cap), b.add(out, place))
+
+    return depthwise
 
 
 def csr_tile(tile: CsrTile) -> Callable[..., Any]:

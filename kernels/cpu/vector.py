@@ -14,7 +14,11 @@ from autoprune.kernels.cpu.emit import (
     VEC,
     ZERO,
     at_least,
+    at_most,
+    cap_of,
+    constant,
     floor_of,
+    fma,
     i64,
     kernel,
     load,
@@ -60,12 +64,68 @@ def copy_bytes(b: ir.IRBuilder, target: ir.Value, source: ir.Value, size: ir.Val
     b.call(function, [pointer(b, target, I8), pointer(b, source, I8), size, ir.Constant(ir.IntType(1), 0)])
 
 
+@kernel(8)
+def elementwise_vector(
+    b: ir.IRBuilder, out: ir.Value, x: ir.Value, y: ir.Value, times: ir.Value, scale: ir.Value, shift: ir.Value,
+    relu: ir.Value, cap: ir.Value,
+) -> None:
+    """Write one vector: x · scale + shift, then + y (or · y where ``times``), floor and ceiling; address 0: absent."""
+
+    def optional(address: ir.Value, otherwise: ir.Value) -> ir.Value:
+        absent = b.icmp_signed("==", address, i64(0))
+        return b.select(absent, otherwise, load(b, b.select(absent, x, address)))
+
+    value = load(b, x)
+    scaled = fma(b, value, optional(scale, ZERO), optional(shift, ZERO))
+    value = b.select(b.icmp_signed("==", scale, i64(0)), value, scaled)
+    by = b.icmp_signed("!=", times, i64(0))
+    value = b.select(by, b.fmul(value, optional(y, constant(1.0))), b.fadd(value, optional(y, ZERO)))
+    store(b, at_most(b, at_least(b, value, floor_of(b, relu)), cap_of(b, cap)), out)
+
+
+@kernel(2)
+def hard_vector(b: ir.IRBuilder, place: ir.Value, swish: ir.Value) -> None:
+    """Replace a vector by its hard sigmoid, times itself where ``swish`` is not 0."""
+    x = load(b, place)
+    gate = at_most(b, at_least(b, b.fadd(x, constant(3.0)), ZERO), constant(6.0))
+    gate = b.fdiv(gate, constant(6.0))
+    store(b, b.select(b.icmp_signed("!=", swish, i64(0)), b.fmul(x, gate), gate), place)
+
+
+@kernel(2)
+def smooth_vector(b: ir.IRBuilder, place: ir.Value, swish: ir.Value) -> None:
+    """Replace a vector by its sigmoid, times itself where ``swish`` is not 0."""
+    x = load(b, place)
+    gate = b.fdiv(constant(1.0), b.fadd(constant(1.0), _exp(b, b.fsub(ZERO, x))))
+    store(b, b.select(b.icmp_signed("!=", swish, i64(0)), b.fmul(x, gate), gate), place)
+
+
+def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Return e to the power of every lane, relative error about 2e-7; arguments are cut at ±87.
+
+    2 to a whole power is put together from its bits; the rest, within ±ln(2)/2, is a Taylor polynomial.
+    """
+    whole_kind = ir.VectorType(I32, LANES)
+    x = at_most(b, at_least(b, x, constant(-87.0)), constant(87.0))
+    scaled = b.fmul(x, constant(1.4426950408889634))
+    half = b.select(b.fcmp_ordered("<", scaled, ZERO), constant(-0.5), constant(0.5))
+    power = b.fptosi(b.fadd(scaled, half), whole_kind)
+    count = b.sitofp(power, VEC)
+    rest = fma(b, count, constant(-0.693145751953125), x)
+    rest = fma(b, count, constant(-1.428606820309417e-06), rest)
+    total = constant(1.0 / 5040.0)
+    for divisor in (720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0):
+        total = fma(b, total, rest, constant(1.0 / divisor))
+    bits = b.shl(b.add(power, ir.Constant(whole_kind, [127] * LANES)), ir.Constant(whole_kind, [23] * LANES))
+    return b.fmul(total, b.bitcast(bits, VEC))
+
+
 @kernel(4)
-def add_vector(b: ir.IRBuilder, out: ir.Value, x: ir.Value, y: ir.Value, relu: ir.Value) -> None:
-    """Write one vector: x + y, with the floor of ``relu``; y = 0 adds nothing."""
-    absent = b.icmp_signed("==", y, i64(0))
-    other = b.select(absent, ZERO, load(b, b.select(absent, x, y)))
-    store(b, at_least(b, b.fadd(load(b, x), other), floor_of(b, relu)), out)
+def transpose_block(b: ir.IRBuilder, out: ir.Value, out_bytes: ir.Value, x: ir.Value, x_bytes: ir.Value) -> None:
+    """Write the 16 columns of 16 vectors, ``x_bytes`` apart, as vectors ``out_bytes`` apart."""
+    columns = load_transposed(b, [b.add(x, b.mul(x_bytes, i64(k))) for k in range(LANES)])
+    for k, column in enumerate(columns):
+        store(b, column, b.add(out, b.mul(out_bytes, i64(k))))
 
 
 @kernel(7)
@@ -100,18 +160,18 @@ def gather_transposed(b: ir.IRBuilder, out: ir.Value, out_bytes: ir.Value, x: ir
         store(b, column, b.add(out, b.mul(out_bytes, i64(k))), VECTOR_BYTES)
 
 
-@kernel(8)
+@kernel(9)
 def scatter_transposed(
     b: ir.IRBuilder, x: ir.Value, x_bytes: ir.Value, out: ir.Value, pixels: ir.Value, res: ir.Value,
-    res_pixels: ir.Value, bias: ir.Value, relu: ir.Value,
+    res_pixels: ir.Value, bias: ir.Value, relu: ir.Value, cap: ir.Value,
 ) -> None:
     """Write 16 rows of 16 pixels, ``x_bytes`` apart, to the pixels at byte offsets ``pixels`` (int32, -1: nowhere).
 
-    Bias (16 channels), residual (``res`` = 0: none) and floor are applied on the way.
+    Bias (16 channels), residual (``res`` = 0: none), floor and ceiling are applied on the way.
     """
     columns = load_transposed(b, [b.add(x, b.mul(x_bytes, i64(k))) for k in range(LANES)])
     start = load(b, bias)
-    floor = floor_of(b, relu)
+    floor, ceiling = floor_of(b, relu), cap_of(b, cap)
     has_residual = b.icmp_signed("!=", res, i64(0))
     for k, column in enumerate(columns):
         offset = b.sext(load(b, b.add(pixels, i64(4 * k)), I32), I64)
@@ -125,7 +185,7 @@ def scatter_transposed(
             value = b.phi(VEC)
             value.add_incoming(total, plain)
             value.add_incoming(more, added)
-            store(b, at_least(b, value, floor), b.add(out, offset))
+            store(b, at_most(b, at_least(b, value, floor), ceiling), b.add(out, offset))
 
 
 @kernel(2, types.int64)
