@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from autoprune.core.layers import LayerSpec
 from autoprune.kernels.cpu.bands import MEET, Band, Share, agree, cut, deal
 from autoprune.kernels.cpu.memory import Buffer
-from autoprune.kernels.cpu.operations import Conv, Elementwise, Epilogue, Operation, Pool
+from autoprune.kernels.cpu.operations import Conv, Depthwise, Elementwise, Epilogue, Operation, Pool
 from autoprune.kernels.cpu.program import Program
 
 
@@ -30,7 +30,7 @@ def read_rows(operation: Operation, buffer: Buffer, first: int, last: int) -> se
     """Return the rows of ``buffer`` that output rows ``first`` … ``last - 1`` read, counted one by one."""
     rows: set[int] = set()
     for row in range(first, last):
-        if isinstance(operation, Conv):
+        if isinstance(operation, Conv | Depthwise):
             layer = operation.layer
             if operation.x == buffer:
                 taps = range(layer.window[0])
@@ -46,7 +46,7 @@ def read_rows(operation: Operation, buffer: Buffer, first: int, last: int) -> se
 
 
 def reads_of(operation: Operation) -> list[Buffer]:
-    if isinstance(operation, Conv):
+    if isinstance(operation, Conv | Depthwise):
         return [b for b in (operation.x, operation.epilogue.residual) if b is not None]
     if isinstance(operation, Pool):
         return [operation.x]
@@ -95,13 +95,21 @@ class Checker:
     def _check_reads(self, operation: Operation, index: int, me: int, met: int, waited: int) -> None:
         own = self.rows(index, me)[1]
         for buffer in reads_of(operation):
-            writers = [i for i in range(index) if self.operations[i].out == buffer]
-            if not writers or not own:
-                continue
-            assert writers[-1] < met or self.shares[index].bands, "units read what was not finished"
-            for row in read_rows(operation, buffer, min(own), max(own) + 1):
-                for other in range(self.threads):
-                    assert self.certain(index, me, other, row, writers[-1], met, waited), (index, me, other, row)
+            for writer in self.writers(buffer, index) if own else []:
+                assert writer < met or self.shares[index].bands, "units read what was not finished"
+                for row in read_rows(operation, buffer, min(own), max(own) + 1):
+                    for other in range(self.threads):
+                        assert self.certain(index, me, other, row, writer, met, waited), (index, me, other, row)
+
+    def writers(self, buffer: Buffer, before: int) -> list[int]:
+        """Return the operations whose results a map holds: the last one, or all that wrote a part of it since."""
+        found = []
+        for index in reversed([i for i in range(before) if self.operations[i].out == buffer]):
+            found.append(index)
+            operation = self.operations[index]
+            if not isinstance(operation, Elementwise) or operation.x.channels == buffer.channels:
+                break
+        return found
 
     def _check_writes(self, operation: Operation, index: int, me: int, met: int, waited: int) -> None:
         mine = self.rows(index, me)[1]
@@ -115,46 +123,69 @@ class Checker:
                     assert not lost or self.certain(index, me, other, row, reader, met, waited), (index, reader, row)
 
 
+class Maps:
+    """Few maps of each size, as a residual network uses them again and again."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        self.draw = draw
+        self.made: dict[int, list[Buffer]] = {}
+
+    def any(self, height: int) -> Buffer:
+        pool = self.made.setdefault(height, [])
+        if len(pool) < 3:
+            pool.append(Buffer(sum(map(len, self.made.values())), 1, 16, height, height, 3))
+        return self.draw(st.sampled_from(pool))
+
+    def any_or_none(self, height: int) -> Buffer | None:
+        return self.draw(st.sampled_from([None, *self.made.get(height, [])]))
+
+
+def conv(maps: Maps, x: Buffer) -> Operation:
+    draw = maps.draw
+    window, stride = draw(st.sampled_from([(1, 1), (3, 1), (3, 2), (5, 1), (1, 2), (7, 2)]))
+    spec = conv_spec(x.channels, 16, x.height, window, stride, window // 2)
+    out = maps.any(spec.output_hw[0])
+    large = draw(st.booleans()) and draw(st.booleans())
+    weight = np.ones((512, 300) if large else spec.weight_shape, np.float32)
+    epilogue = Epilogue(False, maps.any_or_none(out.height))
+    return Conv(x, out, spec, weight, np.zeros(16, np.float32), "dense", epilogue, 16)
+
+
+def depthwise(maps: Maps, x: Buffer) -> Operation:
+    spec = conv_spec(1, 16, x.height, 3, maps.draw(st.integers(1, 2)), 1)
+    weight, bias = np.ones(spec.weight_shape, np.float32), np.zeros(16, np.float32)
+    return Depthwise(x, maps.any(spec.output_hw[0]), spec, weight, bias, Epilogue())
+
+
+def add(maps: Maps, x: Buffer) -> Operation:
+    return Elementwise(x, maps.any_or_none(x.height), maps.any(x.height), True)
+
+
+def pool(maps: Maps, x: Buffer) -> Operation:
+    return Pool(x, maps.any((x.height - 1) // 2 + 1), (3, 3), 2, 1, False)
+
+
+def joined(maps: Maps, height: int) -> tuple[list[Operation], Buffer]:
+    """Return the copies of two maps into one of 32 channels."""
+    out = Buffer(1_000 + height, 1, 32, height, height, 3)
+    return [Elementwise(maps.any(height), None, out, offset=offset) for offset in (0, 16)], out
+
+
 @st.composite
 def chains(draw: st.DrawFn) -> tuple[list[Operation], int]:
-    """Random operations over a few buffers of each size, as a residual network uses them again and again."""
-    size = draw(st.integers(1, 20))
-    made: dict[int, list[Buffer]] = {}
-
-    def buffer(height: int) -> Buffer:
-        pool = made.setdefault(height, [])
-        if len(pool) < 3:
-            pool.append(Buffer(sum(map(len, made.values())), 1, 16, height, height, 3))
-        return draw(st.sampled_from(pool))
-
+    """Random operations over few maps, and a number of threads."""
+    maps = Maps(draw)
     operations: list[Operation] = []
-    x = buffer(size)
+    x = maps.any(draw(st.integers(1, 20)))
     for _ in range(draw(st.integers(1, 9))):
-        kind = draw(st.sampled_from(["conv", "conv", "conv", "add", "pool"]))
-        if kind == "conv":
-            window, stride = draw(st.sampled_from([(1, 1), (3, 1), (3, 2), (5, 1), (1, 2), (7, 2)]))
-            if x.height + 2 * (window // 2) < window:
-                continue
-            spec = conv_spec(16, 16, x.height, window, stride, window // 2)
-            out = buffer(spec.output_hw[0])
-            if out == x:
-                continue
-            residual = draw(st.sampled_from([None, *made[out.height]]))
-            large = draw(st.booleans()) and draw(st.booleans())
-            weight = np.ones((512, 300) if large else spec.weight_shape, np.float32)
-            bias, epilogue = np.zeros(16, np.float32), Epilogue(False, residual)
-            operations.append(Conv(x, out, spec, weight, bias, "dense", epilogue, 16))
-        elif kind == "add":
-            out = buffer(x.height)
-            operations.append(Elementwise(x, draw(st.sampled_from([None, *made[x.height]])), out, True))
-        else:
-            if x.height < 3:
-                continue
-            out = buffer((x.height - 1) // 2 + 1)
-            if out == x:
-                continue
-            operations.append(Pool(x, out, (3, 3), 2, 1, False))
-        x = out
+        make = draw(st.sampled_from([conv, conv, conv, depthwise, add, pool]))
+        if make is conv and draw(st.booleans()):
+            copies, x = joined(maps, x.height)
+            operations += copies
+        operation = make(maps, x)
+        if operation.out != x or make is add:
+            operations.append(operation)
+            x = operation.out
     return operations, draw(st.integers(2, 4))
 
 
