@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from autoprune.envs.network import BATCH
+from autoprune.tasks.outputs import main_output
 
 Parameters = tuple[Tensor, Tensor]
 """Weight and bias of a layer as they are used."""
@@ -68,7 +69,7 @@ class PrefixCache:
         """Return float32 logits under the model's present weights, all layers before ``layer`` being unchanged."""
         with torch.inference_mode():
             if layer not in self._starts:
-                return torch.cat([self._model(part).float() for part in self._parts])
+                return torch.cat([main_output(self._model(part)).float() for part in self._parts])
             start = self._starts[layer]
             runs = [self._run(dict(self._seek(cursor, start)), start) for cursor in self._cursors]
             return torch.cat([logits.float() for logits in runs])
@@ -128,8 +129,7 @@ class PrefixCache:
             node = self._nodes[index]
             out = runner.run_node(node)
             if node.op == "output":
-                assert isinstance(out, Tensor)
-                return out
+                return main_output(out)
             runner.env[node] = out
             for used in node.all_input_nodes:
                 if self._last_use[used] == index:

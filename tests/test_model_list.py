@@ -15,13 +15,13 @@ from model_stages import STAGES, build, convert_stage, outcomes, parity
 
 A_DOZEN = {
     "torchvision:mnasnet0_5@3x64x64": "plan",
-    "torchvision:resnext50_32x4d@3x32x32": "plan",
+    "timm:regnetx_002@3x32x32": "plan",
     "torchvision:mobilenet_v3_small@3x64x64": "plan",
     "torchvision:googlenet@3x32x32": "plan",
     "torchvision:squeezenet1_1@3x32x32": "plan",
     "torchvision:shufflenet_v2_x0_5@3x32x32": "nested",
     "timm:poolformer_s12@3x32x32": "nested",
-    "torchvision:convnext_tiny@3x32x32": "nested",
+    "timm:convnext_atto@3x32x32": "nested",
     "timm:efficientnet_lite0@3x64x64": "plan",
     "timm:mixnet_s@3x64x64": "nested",
     "timm:ghostnet_100@3x32x32": "nested",

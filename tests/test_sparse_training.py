@@ -364,3 +364,21 @@ def test_time_saved_under_final_masks_leaves_the_epoch_that_measures_out() -> No
     ]
     assert final_time_saved(pruned, dense) == pytest.approx(0.4)
     assert final_time_saved(pruned[:3], dense) is None
+
+
+def test_a_compiled_model_and_a_copy_train_on_the_kernels_too() -> None:
+    plain, optimizer, session = start(winning())
+    train(plain, optimizer, 0, STEPS * EPOCHS)
+    net, optimizer, session = start(winning())
+    compiled = torch.compile(net, backend="aot_eager")
+    assert isinstance(compiled, nn.Module)
+    train(compiled, optimizer, 0, STEPS * EPOCHS)
+    assert session.sparse_layers == ("0", "3")
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    images = torch.randn(2, 16, 8, 8)
+    twin = copy.deepcopy(net)
+    torch.testing.assert_close(twin(images), net(images))
+    with torch.no_grad():
+        twin[0].weight.zero_()
+    assert not torch.allclose(twin(images), net(images))

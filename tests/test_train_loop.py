@@ -214,6 +214,10 @@ def test_train_policy_measures_the_deployed_network_beside_its_dense_control(
     assert result.savings.training_time_saved == pytest.approx(
         1 - result.seconds["train"] / result.seconds["dense control"]
     )
+    assert [run.layer for run in result.savings.trained_on] == ["second"]
+    assert set(result.savings.trained_on[0].kernels) == {"forward", "input gradient", "weight gradient"}
+    assert "of a dense step" in result.savings.trained_on[0].why or "dense because" in result.savings.trained_on[0].why
+    assert len(list((tmp_path / ".cache").glob("steps-*.json"))) == 1
     assert result.accuracy.best_validation is not None
     assert result.accuracy.best_validation >= result.accuracy.validation
     assert result.deployment is not None
@@ -269,6 +273,14 @@ def test_a_killed_run_is_finished_by_the_same_call(
     assert result.dense == whole.dense
     wanted, got = (load_file(RunDir(tmp_path / name).weights) for name in ("whole", "killed"))
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_training_on_dense_kernels_measures_no_steps(small: None, tmp_path: Path) -> None:
+    request = TrainRequest("small", policy=make_policy(), recipe=RECIPE, bench_seconds=0, control=False, sparse=False)
+    result = train_policy(request, RunDir.open(tmp_path, "t", request.config()))
+    assert result.savings is not None
+    assert result.savings.trained_on == []
+    assert not (tmp_path / ".cache").exists()
 
 
 def test_a_finished_run_is_not_trained_again(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
