@@ -12,7 +12,7 @@ from torch import nn
 
 from autoprune.core.choices import Block, Dense, Fine, Pattern
 from autoprune.envs.database import LayerDatabase, build_database, measure_moments
-from autoprune.envs.evaluator import Evaluator, divergence
+from autoprune.envs.evaluator import Evaluator, divergence, divergences, telling_images
 from autoprune.envs.network import StitchedNetwork, norm_of_each_conv, recalibrate
 from autoprune.envs.prefix import PrefixCache
 from autoprune.envs.store import DatabaseStore
@@ -225,3 +225,40 @@ def test_divergence_is_zero_for_equal_and_the_textbook_value_otherwise() -> None
     p, q = np.array([0.5, 0.5]), np.array([0.9, 0.1])
     want = float((p * np.log(p / q)).sum())
     assert divergence(torch.tensor(np.log(p))[None], torch.tensor(np.log(q))[None]) == pytest.approx(want)
+
+
+def _disturbed_logits(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits of mostly decided images, and the same with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1_000, 10, generator=generator)
+    logits[:, 0] += 14.0 * torch.rand(1_000, generator=generator)
+    return logits, logits + 0.2 * torch.randn(1_000, 10, generator=generator)
+
+
+def test_few_telling_images_estimate_the_error_better_than_the_first_ones() -> None:
+    off, off_first = [], []
+    for seed in range(20):
+        dense, found = _disturbed_logits(seed)
+        whole = divergence(dense, found)
+        drawn, scales = telling_images(dense, 100)
+        off.append(float((divergences(dense[drawn], found[drawn]) * scales).mean()) / whole - 1.0)
+        off_first.append(divergence(dense[:100], found[:100]) / whole - 1.0)
+    assert np.std(off) < 0.6 * np.std(off_first)
+    assert abs(np.mean(off)) < 0.05
+
+
+@pytest.mark.parametrize("count", [4, 96, 999])
+def test_telling_images_are_distinct_and_each_quarter_is_a_sample_of_its_own(count: int) -> None:
+    dense, _ = _disturbed_logits(1)
+    drawn, scales = telling_images(dense, count)
+    assert len(drawn) == len(scales) == count
+    assert len(set(drawn.tolist())) == count
+    quarter = drawn[: max(1, count // 4)]
+    assert count == 4 or int(quarter.max() - quarter.min()) > 800
+
+
+def test_all_images_are_taken_as_they_are() -> None:
+    dense, found = _disturbed_logits(2)
+    drawn, scales = telling_images(dense, 1_000)
+    assert drawn.tolist() == list(range(1_000))
+    assert float((divergences(dense, found) * scales).mean()) == pytest.approx(divergence(dense, found))

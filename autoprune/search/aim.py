@@ -22,7 +22,7 @@ from autoprune.search.config import TOLERANCE
 AIM = 0.99
 _ROUNDS = 5
 _NEAR = (0.975, 0.998)
-_RANGE = (0.7, 1.1)
+_RANGE = (0.7, 1.3)
 # Below this fraction of the budget accuracy is given away for speed that nobody asked for.
 _UNUSED = 0.95
 

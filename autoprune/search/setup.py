@@ -39,7 +39,7 @@ from autoprune.trainers.finetune import FinetuneRecipe
 CALIBRATION_IMAGES = 500
 MOMENT_IMAGES = 1_000
 EVALUATION_IMAGES = 1_000
-SINGLE_LAYER_IMAGES = 96
+SINGLE_LAYER_IMAGES = 160
 _WORDS = {"latency": "us", "macs": " MACs", "params": " weights", "size": " bytes", "memory": " bytes"}
 
 
