@@ -211,7 +211,7 @@ def test_evaluate_tells_agreement_and_divergence(capsys: pytest.CaptureFixture[s
         (["search", "--budget", "macs=50%", "--data", "imagefoldr:x"], "Did you mean 'imagefolder:DIR'?"),
         (["search", "--budget", "macs=50%", "--transform", "sise=3"], "Did you mean 'size'?"),
         (["search", "--budget", "macs=50%", "--data", "imagefolder:absent"], "imagefolder:absent: no such folder"),
-        (["train", "--data", "imagefolder:IMAGES"], "has no labels, so no accuracy"),
+        (["train", "--data", "imagefolder:IMAGES"], "has no labels, which a training needs"),
         (["train", "--data", "imagefolder:BROKEN"], "3.png: no image (not of a known format)"),
         (["train", "--data", "cifar10", "--data-dir", "PICKLED"], "pickled version of CIFAR-10"),
         (["evaluate", "--metric", "agreemnt"], "Did you mean 'agreement'?"),

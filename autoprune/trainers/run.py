@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoprune.core.choices import CK, Block, Channels, Choice, Fine, Tile
-from autoprune.core.errors import DeviceError, ModelError
+from autoprune.core.errors import DataError, DeviceError, ModelError
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
 from autoprune.core.progress import Progress, Silent
@@ -26,7 +26,7 @@ from autoprune.lut.bench import bench_deployed
 from autoprune.search_spaces.trace import trace
 from autoprune.search_spaces.uniform import uniform_policy
 from autoprune.tasks.data import DataSet, load_data
-from autoprune.tasks.metrics import accuracy, metric_of
+from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.models import build_model, load_weights
 from autoprune.tasks.preprocessing import prepared
 from autoprune.trainers.dead_channels import eliminate_dead_channels
@@ -151,7 +151,8 @@ def follow_training(request: TrainRequest, run: RunDir) -> None:
 def _prepare(request: TrainRequest) -> tuple[nn.Module, nn.Module | None, DataSet]:
     """Return the model with its first weights, its dense control if one is wanted, and the data."""
     data = load_data(prepared(request.data, request.model), request.data_dir, full=not request.embedded)
-    metric_of("accuracy", data)  # training needs labels
+    if not data.labelled:
+        raise DataError(f"data '{data.name}' has no labels, which a training needs; give a folder a class.")
     model = _first_weights(request, data)
     if request.policy is None:
         return model, None, data
