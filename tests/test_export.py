@@ -83,7 +83,7 @@ def test_a_network_of_one_batch_size_is_exported_for_one_image(images: Tensor, t
 def test_channels_that_left_make_the_file_smaller_and_onnxruntime_faster(
     model: nn.Module, smaller: nn.Module, images: Tensor
 ) -> None:
-    found = compare(model, smaller, images[:1], seconds=2.0)
+    found = compare(model, smaller, images[:1], seconds=1.0)
     assert found.runtime == "onnxruntime"
     assert found.pruned_bytes < 0.35 * found.dense_bytes
     # A quarter of the MACs.

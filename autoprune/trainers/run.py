@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoprune.core.choices import Channels, parse_choice
-from autoprune.core.errors import DeviceError
+from autoprune.core.errors import DataError, DeviceError
 from autoprune.core.policy import Policy
 from autoprune.core.progress import Progress, Silent
 from autoprune.core.rundir import Cache, RunDir, atomic_path, write_text
@@ -29,7 +29,7 @@ from autoprune.search_spaces.trace import trace
 from autoprune.search_spaces.uniform import uniform_policy
 from autoprune.sparsity.channel_graph import channel_groups
 from autoprune.tasks.data import DataSet, load_data
-from autoprune.tasks.metrics import accuracy, metric_of
+from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.networks import network_for
 from autoprune.tasks.preprocessing import prepared
 from autoprune.tasks.weights import load_weights
@@ -160,7 +160,8 @@ def follow_training(request: TrainRequest, run: RunDir) -> None:
 def _prepare(request: TrainRequest) -> tuple[nn.Module, nn.Module | None, DataSet]:
     """Return the model with its first weights, its dense control if one is wanted, and the data."""
     data = load_data(prepared(request.data, request.model), request.data_dir, full=not request.embedded)
-    metric_of("accuracy", data)  # training needs labels
+    if not data.labelled:
+        raise DataError(f"data '{data.name}' has no labels, which a training needs; give a folder a class.")
     model = _first_weights(request, data)
     if request.policy is None:
         return model, None, data
