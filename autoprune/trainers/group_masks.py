@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.core.choices import Channels, Choice
-from autoprune.sparsity.channel_graph import channel_groups, without
+from autoprune.sparsity.channel_graph import channel_groups
+from autoprune.sparsity.channel_trial import without
 from autoprune.sparsity.channels import ChannelGroups, best_units, channel_scores, parameter_masks
 from autoprune.trainers.method import PrunedLayer
 
