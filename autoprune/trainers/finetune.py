@@ -100,7 +100,7 @@ def _loss(model: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, 
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
         logits = main_output(model(images)).float()
         with torch.no_grad():
-            target = teacher(images).float()
+            target = main_output(teacher(images)).float()
     t = recipe.temperature
     soft = nn.functional.kl_div(
         torch.log_softmax(logits / t, 1), torch.log_softmax(target / t, 1), log_target=True, reduction="batchmean"
