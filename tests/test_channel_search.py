@@ -30,7 +30,7 @@ from autoprune.search.setup import make_problem, pruned_model, score_choices
 from autoprune.search_spaces.grouped import table_rows
 from autoprune.search_spaces.trace import trace
 from autoprune.sparsity.channels import difference, outputs
-from autoprune.tasks.models import load_weights
+from autoprune.tasks.weights import load_weights
 from autoprune.tasks.task import Task
 
 
