@@ -30,8 +30,8 @@ from autoprune.search.setup import make_problem, pruned_model, score_choices
 from autoprune.search_spaces.grouped import table_rows
 from autoprune.search_spaces.trace import trace
 from autoprune.sparsity.channels import difference, outputs
-from autoprune.tasks.weights import load_weights
 from autoprune.tasks.task import Task
+from autoprune.tasks.weights import load_weights
 
 
 class Residual(nn.Module):
