@@ -16,12 +16,13 @@ from networks import settled
 from torch import Tensor, nn
 
 import autoprune
-from autoprune.core.choices import Block, Fine
+from autoprune.core.choices import Block, Channels, Fine
 from autoprune.core.errors import ModelError
 from autoprune.export.architecture import describe, rebuild
 from autoprune.export.bundle import ARCHITECTURE, WEIGHTS
 from autoprune.export.forms import apply_policy, check_same_outputs
 from autoprune.export.kept import kept_of, taken
+from autoprune.sparsity.channel_graph import channel_groups
 from autoprune.tasks.models import build_model
 
 
@@ -83,7 +84,7 @@ def test_a_network_shrunk_by_another_tool_comes_back_with_the_same_outputs(case:
     make, shrink = CASES[case]
     model, x = make(), torch.randn(2, 3, 12, 12)
     smaller = shrink(model, x)
-    assert sum(p.numel() for p in smaller.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in smaller.parameters()) < 0.4 * sum(p.numel() for p in model.parameters())
     architecture = autoprune.save(model, smaller, tmp_path)
     fresh = autoprune.load(tmp_path, model=make)
     assert not fresh.training
@@ -261,3 +262,16 @@ def test_rebuilding_leaves_the_users_network_as_it_was() -> None:
     before = {name: value.shape for name, value in model.state_dict().items()}
     assert rebuild(model, architecture).get_submodule("stem").out_channels == 11  # type: ignore[union-attr]
     assert {name: value.shape for name, value in model.state_dict().items()} == before
+
+
+def test_channels_of_a_residual_network_leave_whole_groups_at_a_time(tmp_path: Path) -> None:
+    model, x = resnet(), torch.randn(2, 3, 16, 16)
+    groups = channel_groups(model, x)
+    leaders = list(groups.coupling.groups)
+    choices = groups.coupling.expanded({name: Channels(0.5) for name in leaders})
+    applied = apply_policy(model, choices, "compact", x)
+    assert set(choices) <= set(applied.removed)
+    autoprune.save(applied.masked, applied.network, tmp_path)
+    fresh = autoprune.load(tmp_path, model=resnet)
+    assert check_same_outputs(fresh, applied.masked, x) <= 1e-5
+    assert sum(p.numel() for p in fresh.parameters()) < 0.4 * sum(p.numel() for p in model.parameters())

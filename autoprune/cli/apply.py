@@ -62,7 +62,7 @@ def apply(
     record.check_model(trace(task.model, task.example))
     with working() as progress:
         progress.stage("apply")
-        applied = apply_policy(task.model, record.choices, kind)
+        applied = apply_policy(task.model, record.choices, kind, task.example)
         texts = {name: choice.text for name, choice in record.choices.items()}
         save(applied.masked, applied.network, out, form=kind, names=names, policy=texts)
         difference = check_same_outputs(load(out, task.model), applied.masked, _images(task))

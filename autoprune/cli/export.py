@@ -70,7 +70,7 @@ def export(
     record.check_model(trace(task.model, task.example))
     with working() as progress:
         progress.stage("export")
-        applied = apply_policy(task.model, record.choices, kind)
+        applied = apply_policy(task.model, record.choices, kind, task.example)
         images = task.data.normalize(task.data.validation.images[: max(batch, 4)]).contiguous()
         made = _write(applied, images, onnx, target)
         progress.stage("measure")

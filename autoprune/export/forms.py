@@ -12,6 +12,7 @@ from autoprune.core.choices import Channels, Choice, Dense
 from autoprune.core.errors import MeasurementError
 from autoprune.export.architecture import Form
 from autoprune.lut.deploy import masked_copy
+from autoprune.sparsity.compact import compact
 from autoprune.trainers.dead_channels import eliminate_dead_channels
 
 # Outputs of a compact network against the masked one's, relative to the largest output.
@@ -35,26 +36,35 @@ class Applied:
     sparse: dict[str, str]
 
 
-def apply_policy(model: nn.Module, choices: Mapping[str, Choice], form: Form) -> Applied:
+def apply_policy(model: nn.Module, choices: Mapping[str, Choice], form: Form, example: Tensor | None = None) -> Applied:
     """Return a model under a policy.
 
     Args:
         model: With the policy's trained weights, or dense ones, which are masked by magnitude.
         choices: Layer → choice.
-        form: ``compact`` takes out every channel that is all zero and can leave without changing any output;
-            ``masked`` and ``packed`` keep the shapes.
+        form: ``compact`` takes out the channels that the policy removes, and every other one that is all zero and can
+            leave without changing any output; ``masked`` and ``packed`` keep the shapes.
+        example: One input (1, …), by which channel groups are found; needed for channel choices.
     Raises:
         PolicyError: The policy does not fit the model.
         ModelError: ``compact``, and the model cannot be traced for its dead channels.
     """
-    masked = masked_copy(model, choices)
+    masked = masked_copy(model, choices, example)
     network, removed = masked, dict[str, int]()
     if form == "compact":
-        network, eliminated = eliminate_dead_channels(masked)
-        for found in eliminated:
-            removed[found.layer] = removed.get(found.layer, 0) + len(found.channels)
+        if any(isinstance(choice, Channels) for choice in choices.values()):
+            network = compact(masked, choices, example)
+        network, _ = eliminate_dead_channels(network)
+        removed = _narrowed(masked, network)
     sparse = {name: c.text for name, c in choices.items() if not isinstance(c, Dense | Channels)}
     return Applied(network, masked, removed, sparse)
+
+
+def _narrowed(model: nn.Module, smaller: nn.Module) -> dict[str, int]:
+    """Return layer → how many filters fewer the smaller network has."""
+    layers = {name: m for name, m in smaller.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    fewer = {name: len(model.get_submodule(name).weight) - len(layer.weight) for name, layer in layers.items()}  # type: ignore[arg-type]
+    return {name: count for name, count in fewer.items() if count}
 
 
 def largest_difference(network: nn.Module, other: nn.Module, images: Tensor) -> float:
