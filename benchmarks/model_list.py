@@ -8,7 +8,7 @@ from __future__ import annotations
 TORCHVISION = (
     "resnet18@3x64x64", "resnet34@3x64x64", "resnet50@3x64x64", "resnet101@3x64x64",
     "resnext50_32x4d@3x64x64", "wide_resnet50_2@3x64x64",
-    "densenet121@3x64x64", "densenet169@3x64x64", "googlenet@3x64x64", "inception_v3@3x128x128",
+    "densenet121@3x64x64", "densenet169@3x64x64", "googlenet@3x64x64", 'inception_v3@3x128x128{"aux_logits":false}',
     "squeezenet1_0@3x64x64", "squeezenet1_1@3x64x64", "shufflenet_v2_x0_5@3x64x64",
     "shufflenet_v2_x1_0@3x64x64", "mobilenet_v2@3x64x64",
     "mobilenet_v3_small@3x64x64", "mobilenet_v3_large@3x64x64", "efficientnet_b0@3x64x64", "efficientnet_b1@3x64x64",

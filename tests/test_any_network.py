@@ -13,8 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 from user_networks import small
 
+from autoprune.cli.bench import _Subject as Subject
+from autoprune.cli.bench import _untrained as untrained_subject
 from autoprune.cli.main import run as cli
 from autoprune.core.errors import AutopruneError, ModelError, UnknownName
+from autoprune.lut.bench import bench
 from autoprune.tasks.data import load_data
 from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.names import ModelName, parse_args, parse_model, split_names, with_args
@@ -156,16 +159,18 @@ def test_a_task_takes_a_factorys_own_weights_or_a_files(tmp_path: Path) -> None:
         load_task("torchvision:resnet18", "fashion-mnist")
 
 
-def test_bench_times_a_named_network_under_one_choice(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["bench", "--model", "user_networks:small@1x12x12", "--model-args", "width=32", "--uniform",
-            "block(keep=0.25)", "--seconds", "0.1", "--json"]
-    assert cli(argv) == 0
-    record = json.loads(capsys.readouterr().out)
-    assert record["model"] == 'user_networks:small@1x12x12{"width":32}'
-    assert [layer["kernel"] for layer in record["layers"]] == ["dense", "block", "dense"]
+def test_bench_takes_a_named_network_under_one_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    name = with_args("user_networks:small@1x12x12", "width=32")
+    subject = Subject(None, None, "fashion-mnist", 2, 1)
+    network, images, policy = untrained_subject(name, ["block(keep=0.25)"], subject, None, 0)
+    assert policy.file.model == 'user_networks:small@1x12x12{"width":32}'
+    result = bench(network, policy, images, 1, 0.1, compile=False)
+    assert [decision.kernel for decision in result.decisions] == ["dense", "block", "dense"]
+    assert result.batch == 2
+    argv = ["bench", "--model", "user_networks:small", "--uniform", "block(keep=0.25)"]
     assert cli([*argv, "--run", "x"]) == 2
     assert "--uniform and --run: got both" in capsys.readouterr().err
-    assert cli(["bench", "--uniform", "fine(keep=0.5)"]) == 2
+    assert cli(argv[:1] + argv[3:]) == 2
     assert "give --model too" in capsys.readouterr().err
 
 
