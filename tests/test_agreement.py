@@ -31,7 +31,7 @@ from autoprune.search.setup import finetune_recipe, splits_of
 from autoprune.tasks.data import Split, load_data
 from autoprune.tasks.metrics import labelled_by, metric_of, own_score, split_accuracy, split_logits
 from autoprune.tasks.task import Task, judged_task
-from autoprune.trainers.finetune import FinetuneRecipe, finetune
+from autoprune.trainers.finetune import FinetuneRecipe, Teacher, finetune
 
 SPACE = """
 name: small
@@ -143,7 +143,7 @@ def test_distillation_alone_reads_no_label_and_keeps_the_masks(task: Task) -> No
         before = divergence(split_logits(task.model, task.data.train, task.data),
                             split_logits(model, task.data.train, task.data))  # fmt: skip
         data = replace(task.data, train=Split(task.data.train.images, labels))
-        finetune(model, task.model, {"3": mask}, data, recipe, seed=0)
+        finetune(model, Teacher(task.model), {"3": mask}, data, recipe, seed=0)
         after = divergence(split_logits(task.model, task.data.train, task.data),
                            split_logits(model, task.data.train, task.data))  # fmt: skip
         assert after < before
@@ -154,7 +154,7 @@ def test_distillation_alone_reads_no_label_and_keeps_the_masks(task: Task) -> No
 
 def test_fewer_images_than_a_batch_are_one_step_an_epoch(task: Task) -> None:
     model, steps = network().requires_grad_(True), []
-    finetune(model, task.model, {}, task.data, FinetuneRecipe(epochs=2, distill=1.0), seed=0,
+    finetune(model, Teacher(task.model), {}, task.data, FinetuneRecipe(epochs=2, distill=1.0), seed=0,
              on_step=lambda: steps.append(1))  # fmt: skip
     assert len(steps) == 2
 
