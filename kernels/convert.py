@@ -22,6 +22,7 @@ from autoprune.core.registry import unknown_name
 from autoprune.kernels import gpu_layers
 from autoprune.kernels.deployed import DeployedModel, NestedModel, PlannedModel
 from autoprune.kernels.dispatch import CPU, Decision, LatencyRows, Place, decide, lookup_of
+from autoprune.kernels.fused import refusal_of
 from autoprune.kernels.gpu import GpuModel, build_gpu
 from autoprune.kernels.gpu_plan import fused_network
 from autoprune.kernels.inputs import Example, first_tensor, tensors_in
@@ -154,7 +155,7 @@ def deploy_on(
         dtype: Of maps and weights.
     """
     place, plan = Place("cuda", dtype), build_plan(model, example, choices)
-    if isinstance(plan, Plan) and _agrees(model, plan, example):
+    if isinstance(plan, Plan) and refusal_of(plan) is None and _agrees(model, plan, example):
         layers = {op.name: Layer(op.layer, op.weight_KCRS) for op in plan.convs}
         decisions = _decide(layers, choices, table, place)
         named = {decision.layer: decision for decision in decisions}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -20,8 +21,11 @@ from autoprune.core.result import Result
 from autoprune.core.rundir import RunDir
 from autoprune.core.sensitivity import Sensitivity
 from autoprune.report.summary import verdict
+from autoprune.search import pipeline
 from autoprune.search.aim import AimFiles, Guard, closer, find_margin, off_target
 from autoprune.search.base import Searcher
+from autoprune.search.context import Context
+from autoprune.search.finals import Candidate
 from autoprune.search.propose import Grant, Proposed
 from autoprune.search.study import Study
 from autoprune.search_spaces.trace import trace
@@ -225,6 +229,36 @@ def test_an_accuracy_missed_on_validation_data_is_asked_for_more_strictly(
     assert Guard(RunDir(folder / "strict").guard).load() == 0.5
     assert not list((folder / "strict").glob("tuned-*"))
     assert found.met
+
+
+@pytest.mark.usefixtures("few")
+def test_a_policy_that_is_late_after_its_fine_tune_is_searched_again_with_a_lower_aim(
+    result: Result, task: Task, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose, verify = pipeline._choose, pipeline._verify
+    begun: list[float] = []
+    aims: list[float] = []
+
+    def margin(context: Context) -> float:
+        return float(json.loads(context.run.aim.read_text())["margin"]) if context.run.aim.exists() else 1.0
+
+    def begin(context: Context, *rest: Any) -> Any:
+        begun.append(margin(context))
+        return choose(context, *rest)
+
+    def late_once(context: Context, *rest: Any) -> tuple[list[Candidate], Candidate]:
+        aims.append(margin(context))
+        rows, chosen = verify(context, *rest)
+        ratio = 0.8 * (1.1 if len(aims) == 1 else 1.0)
+        return rows, replace(chosen, measured=chosen.measured.model_copy(update={"latency_ratio": ratio}))
+
+    monkeypatch.setattr("autoprune.search.pipeline._choose", begin)
+    monkeypatch.setattr("autoprune.search.pipeline._verify", late_once)
+    found = _search(task, folder, "late", agent="knapsack", evaluations=1)
+    assert len(begun) == len(aims) == 2
+    assert begun[1] == pytest.approx(closer(aims[0], 1.1))
+    assert found.met
+    assert not list((folder / "late").glob("tuned-*"))
 
 
 @pytest.mark.usefixtures("few")

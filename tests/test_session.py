@@ -102,7 +102,9 @@ def test_training_ends_at_the_policys_density(method: str, kind: str) -> None:
     for name, choice in choices(kind).items():
         weight = net.get_submodule(name).weight
         density = int(torch.count_nonzero(weight)) / weight.numel()  # type: ignore[arg-type, operator]
-        assert choice.density(spec[name]) <= density < choice.density(spec[name]) + 0.01
+        # Weights that read removed channels go with them, beyond the reader's own choice.
+        least = 0.1 if kind == "channels" and name == "fc" else choice.density(spec[name])
+        assert least <= density < choice.density(spec[name]) + 0.01
     assert torch.count_nonzero(net.first.weight) == net.first.weight.numel()
 
 

@@ -28,7 +28,7 @@ SECONDS = 150
 
 def command(runs: Path) -> list[str]:
     return ["train", "--model", "small", "--uniform", "fine(keep=0.25)", "--trainer", "campfire", "--epochs", "5",
-            "--run", "t", "--runs-dir", str(runs)]  # fmt: skip
+            "--dense-kernels", "--run", "t", "--runs-dir", str(runs)]  # fmt: skip
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -143,12 +143,17 @@ def _stages(context: Context) -> Result:
         with clock.stage("verification"):
             rows, chosen = _verify(context, finals, rows, models)
         missed = context.goal.shortfall(chosen.accuracy.tuned, rows[0].accuracy.dense)
-        if missed == 0.0 or not kept or attempt == ATTEMPTS - 1:
+        ratio = latency_over_budget(context.budget, chosen.cost)
+        late = deployer.measures and attempt == 0 and ratio > 1.0 + TOLERANCE
+        if not late and (missed == 0.0 or not kept or attempt == ATTEMPTS - 1):
             break
         study.close()
         _discard(context, candidates)
-        guard.raise_by(missed)
-        context.progress.note(f"validation accuracy misses the constraint by {100 * missed:.2f} points: searching on")
+        if late:
+            _aim_lower(context, deployer, ratio)
+        else:
+            guard.raise_by(missed)
+            context.progress.note(f"validation accuracy misses by {100 * missed:.2f} points: searching on")
     weights = models[chosen.name]
     rows = [rows[0], replace(chosen, name="chosen"), *(row for row in rows[1:] if not row.finalist)]
     network = finals.deployer.deploy(weights, chosen.choices)
@@ -161,6 +166,17 @@ def _stages(context: Context) -> Result:
     result.save(context.run.result)
     _discard(context, candidates)
     return result
+
+
+def _aim_files(context: Context, deployer: Deployer) -> AimFiles:
+    return AimFiles(context.run.aim, context.cache.aim(f"{deployer.table.hash}-{context.budget.text}"))
+
+
+def _aim_lower(context: Context, deployer: Deployer, ratio: float) -> None:
+    """Correct the aim after a fine-tuned policy measured ``ratio`` of its budget; it met it before."""
+    aim = _aim_files(context, deployer)
+    aim.save(closer(aim.load(fresh=True) or 1.0, ratio))
+    context.progress.note(f"fine-tuned, it measures {ratio:.1%} of the budget: correcting the aim, searching on")
 
 
 def _discard(context: Context, candidates: list[Candidate]) -> None:
@@ -178,7 +194,7 @@ def _choose(
     """
     seed = context.config.seed
     finals = Finals(context.task, context.layers, scored.database, deployer, context.run, context.progress, seed)
-    aim = AimFiles(context.run.aim, context.cache.aim(f"{deployer.table.hash}-{context.budget.text}"))
+    aim = _aim_files(context, deployer)
     margin = _margin(context, scored, finals, aim)
     for attempt in range(ATTEMPTS):
         study = Study(_problem(context, scored, deployer, margin), context.run.study)

@@ -221,7 +221,7 @@ def _one(
         pace=pace,
         bench=bench,
     )
-    if bench is not None:
+    if context.device == "cuda":
         # By falling share of the dense network's time, as choices are measured.
         ranked = [layer for layer, _ in build.by_share(subject.wanted, bench)]
         table = with_narrowed(table, ranked, bench, pace)
