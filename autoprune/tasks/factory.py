@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 from autoprune.core.errors import AutopruneError, DataError
 from autoprune.core.registry import unknown_name
 from autoprune.tasks.dataset import DataSet
+from autoprune.tasks.own_code import first_line, importing_from_here
 
 
 def load_factory(text: str) -> DataSet:
@@ -26,7 +24,7 @@ def load_factory(text: str) -> DataSet:
     except AutopruneError:
         raise
     except Exception as error:  # the user's code: whatever it raises means that there is no data
-        raise DataError(f"--data {text}: the function failed: {_line(error)}") from error
+        raise DataError(f"--data {text}: the function failed: {first_line(error)}") from error
     if not isinstance(made, DataSet):
         raise DataError(
             f"--data {text}: the function returned a {type(made).__name__}; want an autoprune.tasks.data.DataSet."
@@ -37,7 +35,7 @@ def load_factory(text: str) -> DataSet:
 def _find(text: str) -> Callable[[], object]:
     module_name, _, path = text.partition(":")
     try:
-        with _importing_from_here():
+        with importing_from_here():
             found: object = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
@@ -45,9 +43,9 @@ def _find(text: str) -> Callable[[], object]:
                 f"--data {text}: no module '{error.name}' here or among the installed packages; give a known data set "
                 "or package.module:function."
             ) from None
-        raise DataError(f"--data {text}: importing '{module_name}' failed: {_line(error)}") from error
+        raise DataError(f"--data {text}: importing '{module_name}' failed: {first_line(error)}") from error
     except Exception as error:
-        raise DataError(f"--data {text}: importing '{module_name}' failed: {_line(error)}") from error
+        raise DataError(f"--data {text}: importing '{module_name}' failed: {first_line(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             public = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
@@ -56,20 +54,3 @@ def _find(text: str) -> Callable[[], object]:
     if not callable(found):
         raise DataError(f"--data {text}: '{path}' is a {type(found).__name__}; name a function that makes the data.")
     return found
-
-
-@contextmanager
-def _importing_from_here() -> Iterator[None]:
-    """Find modules in the working folder too, as ``python -m`` does."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)
-
-
-def _line(error: BaseException) -> str:
-    text = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__

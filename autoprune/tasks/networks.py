@@ -8,10 +8,8 @@ a function of the user's. Arguments of all of them may follow as JSON; see ``nam
 from __future__ import annotations
 
 import importlib
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +21,7 @@ from autoprune.tasks.data import load_data
 from autoprune.tasks.models import MODELS
 from autoprune.tasks.names import ModelName, parse_model
 from autoprune.tasks.outputs import check_logits
+from autoprune.tasks.own_code import first_line, importing_from_here
 
 _IMAGENET = (3, 224, 224)
 
@@ -52,7 +51,7 @@ def make_network(name: ModelName, channels: int, classes: int) -> nn.Module:
         except AutopruneError:
             raise
         except Exception as error:  # foreign code: whatever it raises means that the network cannot be built
-            raise ModelError(f"model '{name.text}' cannot be built: {_first_line(error)}") from error
+            raise ModelError(f"model '{name.text}' cannot be built: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model '{name.base}': its factory returned a {type(model).__name__}, want an nn.Module.")
     return model
@@ -159,16 +158,16 @@ def _timm(name: ModelName, channels: int, classes: int) -> object:
 def _factory(text: str) -> Callable[..., object]:
     module_name, _, path = text.partition(":")
     try:
-        with _importing_from_here():
+        with importing_from_here():
             found: object = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise ModelError(f"model '{text}': importing '{module_name}' failed: {_first_line(error)}") from error
+            raise ModelError(f"model '{text}': importing '{module_name}' failed: {first_line(error)}") from error
         raise ModelError(
             f"model '{text}': no module '{error.name}' here or among the installed packages; give package.module:name."
         ) from None
     except Exception as error:
-        raise ModelError(f"model '{text}': importing '{module_name}' failed: {_first_line(error)}") from error
+        raise ModelError(f"model '{text}': importing '{module_name}' failed: {first_line(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             public = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
@@ -177,20 +176,3 @@ def _factory(text: str) -> Callable[..., object]:
     if not callable(found) or isinstance(found, nn.Module):
         raise ModelError(f"model '{text}': '{path}' is a {type(found).__name__}; name a function that makes one.")
     return found
-
-
-@contextmanager
-def _importing_from_here() -> Iterator[None]:
-    """Find modules in the working folder too, as ``python -m`` does."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)
-
-
-def _first_line(error: BaseException) -> str:
-    text = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
