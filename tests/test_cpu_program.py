@@ -228,16 +228,34 @@ def test_a_worker_wakes_on_another_core_than_the_caller_and_is_not_pinned(monkey
         assert freed == allowed
 
 
-def test_workers_end_with_their_program() -> None:
+def test_programs_take_turns_on_one_team_and_run_side_by_side_on_two() -> None:
     def workers() -> int:
         return sum(thread.name.startswith("kernel-") for thread in threading.enumerate())
 
+    x = torch.randn(1, 1, 12, 12)
+    programs = [small_program(SmallNet(1), 1, 3) for _ in range(2)]  # of different random weights
+    truths = [program.run(x) for program in programs]
     before = workers()
-    program = small_program(SmallNet(1), 1, 2)
-    program.run(torch.zeros(1, 1, 12, 12))
-    assert workers() == before + 1
-    del program
+    for _ in range(20):
+        for program, truth in zip(programs, truths, strict=True):
+            assert torch.equal(program.run(x), truth)
+            program.time_us(2)
+            program.profile_us(2)
     assert workers() == before
+
+    same = [True, True]
+
+    def often(which: int) -> None:
+        for _ in range(200):
+            same[which] &= torch.equal(programs[which].run(x), truths[which])
+
+    users = [threading.Thread(target=often, args=(which,)) for which in range(2)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    assert same == [True, True]
+    assert workers() <= before + 2
 
 
 FORK = """

@@ -7,7 +7,6 @@ on several copies of the layer, so that inputs and weights are as warm as in a n
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,8 +29,6 @@ from autoprune.sparsity.masks import make_mask
 
 _ROUNDS = 25
 _SAMPLE_US = 100.0
-# Threads of the candidate before spin for 200 µs; a team that wakes meanwhile finds its core taken.
-_REST_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +109,6 @@ def _candidate(layer: LayerSpec, choice: Choice, weight: Tensor, setting: Settin
     scale = setting.context.batch / setting.images / len(pairs)
 
     def time_us() -> float:
-        if setting.context.threads > 1:
-            time.sleep(_REST_S)
-            program.time_us(runs)
         return float(np.median(program.time_us(runs))) * scale
 
     return _Candidate(

@@ -1,15 +1,18 @@
 """Timing that can be compared: everything interleaved in one process, disturbed samples left out.
 
-A sample counts when a short run of FMAs right before and right after it reached 90 % of its best speed, and, on one
-thread, no other process had the core meanwhile.
+A sample counts when a short run of known work on as many threads, right before and right after it, took at most 8 %
+longer than its best, and, on one thread, no other process had the core meanwhile. On a virtual machine whose cores are
+shared a quarter of the samples and more are disturbed, for 2 to 50 ms at a time.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ import numpy as np
 
 from autoprune.core.errors import MeasurementError
 from autoprune.kernels.dense import torch_threads
-from autoprune.lut.probe import peak_gflops, probe_ns
+from autoprune.lut.probe import peak_gflops, slowdown
 
 __all__ = [
     "Effort",
@@ -35,13 +38,18 @@ __all__ = [
     "sample_rounds",
 ]
 
-# Undisturbed: the probe at this fraction of its best speed; at most this wall time over own time.
-_QUIET = 0.9
+# Undisturbed: at most this time of the probe over its best, and at most this wall time over own time.
+_QUIET = 1.08
 _ALONE = 1.02
 _SAMPLE_US = 200.0
-_REST_S = 0.002
-_SETTLE_NS = 12_000_000
+_PATIENCE_NS = 12_000_000  # how long to wait for a quiet machine before a sample
+# GNU's OpenMP spins for 8 ms; the system counts another thread's time every 4 ms only.
+_REST_S = 0.010
+_SETTLE_NS = _LINGER_NS = 12_000_000
+_SETTLED = 1.1
 _MIN_SAMPLES = 5
+_ENOUGH = 10
+_LONGEST = 3  # times as long as asked, on a machine that is disturbed
 _PACKAGES = ("torch", "numba", "onnxruntime")
 
 K = TypeVar("K", bound=Hashable)
@@ -88,7 +96,8 @@ class Effort:
 
     Attributes:
         rounds: Undisturbed samples that are enough; disturbed ones are repeated, up to three times as many in all.
-        seconds: Stop earlier once they have passed and every case has five samples.
+        seconds: Stop earlier once they have passed and every case has ten undisturbed samples, or once they have
+            passed three times and every case has five samples.
         threads: Threads that the cases use.
     """
 
@@ -97,9 +106,7 @@ class Effort:
     threads: int = 1
 
 
-def sample_rounds(
-    timers: Mapping[K, Callable[[], float]], effort: Effort
-) -> tuple[dict[K, np.ndarray], int]:
+def sample_rounds(timers: Mapping[K, Callable[[], float]], effort: Effort) -> tuple[dict[K, np.ndarray], int]:
     """Take one sample of every timer, round after round, and drop the disturbed ones.
 
     Args:
@@ -109,13 +116,15 @@ def sample_rounds(
         Case → kept samples in order; and how many were dropped. Where fewer than five were undisturbed, the least
         disturbed five are kept.
     """
-    log = _Log(timers, single=effort.threads == 1)
+    log = _Log(timers, effort.threads)
     start = time.perf_counter()
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for done in range(3 * effort.rounds):
-            if done >= _MIN_SAMPLES and time.perf_counter() - start > effort.seconds:
+        for done in range(_LONGEST * effort.rounds):
+            spent = time.perf_counter() - start
+            enough = log.fewest_quiet() >= _ENOUGH or spent > _LONGEST * effort.seconds
+            if done >= _MIN_SAMPLES and spent > effort.seconds and enough:
                 break
             if done >= effort.rounds and log.fewest_quiet() >= effort.rounds:
                 break
@@ -129,40 +138,38 @@ def sample_rounds(
 class _Log(Generic[K]):
     """Samples with how disturbed the machine was around each of them.
 
-    Disturbance is the slower of the two FMA probes over the best one; on one thread also the wall time over the
-    thread's own time, which shows that another process had the core meanwhile.
+    Disturbance is the slower of the two probes; on one thread also the wall time over the thread's own time, which
+    shows that another process had the core meanwhile.
     """
 
-    def __init__(self, timers: Mapping[K, Callable[[], float]], *, single: bool) -> None:
-        self.timers, self.single = timers, single
+    def __init__(self, timers: Mapping[K, Callable[[], float]], threads: int) -> None:
+        self.timers, self.threads = timers, threads
         self.values: dict[K, list[float]] = {case: [] for case in timers}
-        self.probes: dict[K, list[int]] = {case: [] for case in timers}
-        self.waits: dict[K, list[float]] = {case: [] for case in timers}
+        self.disturbance: dict[K, list[float]] = {case: [] for case in timers}
 
     def round(self) -> None:
-        before = probe_ns()
         for case, timer in self.timers.items():
+            before = self._await_quiet()
             wall, own = time.perf_counter_ns(), time.thread_time_ns()
             self.values[case].append(timer())
             own, wall = time.thread_time_ns() - own, time.perf_counter_ns() - wall
-            after = probe_ns()
-            self.probes[case].append(max(before, after))
-            self.waits[case].append(wall / max(own, 1) if self.single else 1.0)
-            before = after
+            after = slowdown(self.threads)
+            waited = wall / max(own, 1) if self.threads == 1 else 1.0
+            self.disturbance[case].append(max(before / _QUIET, after / _QUIET, waited / _ALONE))
 
-    def _disturbance(self, case: K) -> np.ndarray:
-        """Return how disturbed each sample is; up to 1 it counts as undisturbed."""
-        best = min(min(column) for column in self.probes.values())
-        slow = np.array(self.probes[case]) / best * _QUIET
-        return np.maximum(slow, np.array(self.waits[case]) / _ALONE)
+    def _await_quiet(self) -> float:
+        start = time.perf_counter_ns()
+        while (slow := slowdown(self.threads)) > _QUIET and time.perf_counter_ns() - start < _PATIENCE_NS:
+            pass
+        return slow
 
     def fewest_quiet(self) -> int:
-        return min(int((self._disturbance(case) <= 1.0).sum()) for case in self.timers)
+        return min(sum(level <= 1.0 for level in levels) for levels in self.disturbance.values())
 
     def kept(self) -> tuple[dict[K, np.ndarray], int]:
         kept, dropped = {}, 0
         for case, column in self.values.items():
-            disturbance = self._disturbance(case)
+            disturbance = np.array(self.disturbance[case])
             limit = max(1.0, float(np.sort(disturbance)[min(_MIN_SAMPLES, len(column)) - 1]))
             quiet = disturbance <= limit
             kept[case] = np.array(column)[quiet]
@@ -208,33 +215,52 @@ def interleaved_us(
 def call_timer(call: Callable[[], object], threads: int = 1) -> Callable[[], float]:
     """Return a call that takes one sample of ``call``: microseconds a call, over at least 200 µs.
 
-    With more than one thread each sample begins with a rest, in which the thread pools of the case before (OpenMP's,
-    our own) stop spinning for more work, and with calls that are not timed, in which the system spreads the threads
-    that wake over the cores. Without either, a case is timed while it shares a core with another one's threads.
+    With more than one thread a sample begins with calls that are not timed, until one is near the best so far: the
+    system needs a while to spread threads that wake over the cores. It ends with a rest where a pool (OpenMP's) spins
+    for more work after a call. Without either, a case is timed while it shares a core with another one's threads.
     """
-    for _ in range(3):
-        start = time.perf_counter_ns()
-        call()
-        once_us = (time.perf_counter_ns() - start) / 1e3
-    calls = max(1, int(np.ceil(_SAMPLE_US / max(once_us, 0.1))))
     clock = time.perf_counter_ns
+    best_ns = once_ns = sys.maxsize
+    for _ in range(3):
+        start = clock()
+        call()
+        once_ns = max(clock() - start, 1)
+        best_ns = min(best_ns, once_ns)
+    calls = math.ceil(_SAMPLE_US * 1e3 / once_ns)
+    lingers = threads > 1 and _lingers(call)
 
     def settle() -> None:
-        if threads > 1:
-            time.sleep(_REST_S)
+        nonlocal best_ns
+        begin = clock()
+        while True:
             start = clock()
-            while clock() - start < _SETTLE_NS:
-                call()
-        call()
+            call()
+            end = clock()
+            best_ns = min(best_ns, end - start)
+            if threads == 1 or end - start <= _SETTLED * best_ns or end - begin > _SETTLE_NS:
+                break
 
     def sample() -> float:
         settle()
         start = clock()
         for _ in range(calls):
             call()
-        return (clock() - start) / 1e3 / calls
+        took_us = (clock() - start) / 1e3 / calls
+        if lingers:
+            time.sleep(_REST_S)
+        return took_us
 
     return sample
+
+
+def _lingers(call: Callable[[], object]) -> bool:
+    """Whether threads of this process stay busy for milliseconds after ``call`` is done; our own sleep after 0.2 ms."""
+    call()
+    others = time.process_time_ns() - time.thread_time_ns()
+    end = time.perf_counter_ns() + _LINGER_NS
+    while time.perf_counter_ns() < end:
+        pass
+    return time.process_time_ns() - time.thread_time_ns() - others > _LINGER_NS // 4
 
 
 def machine() -> dict[str, str | int]:

@@ -1,4 +1,4 @@
-"""A known amount of arithmetic: how fast this machine is right now, and how fast it can be at all."""
+"""A known amount of work: how fast this machine is right now, and how fast its arithmetic can be at all."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ import time
 from functools import cache
 
 import numba
+import torch
 from llvmlite import binding, ir
 from numba.core import types
 
+from autoprune.core.choices import Fine
+from autoprune.core.layers import LayerSpec
 from autoprune.kernels.cpu.emit import I32, fma, i64, kernel, loop, splat
+from autoprune.kernels.cpu.program import Program
 from autoprune.kernels.cpu.shapes import LANES
+from autoprune.sparsity.masks import make_mask
 
 # Independent sums hide the latency of an FMA; more than the registers hold would spill.
 _SUMS = 12 if binding.get_host_cpu_features().get("avx512f") else 6
-_PROBE_ROUNDS = 5_000
 _PEAK_ROUNDS = 400_000
+_PROBED = LayerSpec("probe", "conv", (64, 64, 3, 3), padding=(1, 1), input_hw=(7, 7), output_hw=(7, 7))
+_FIRST_RUNS = 2_000
 
 
 @kernel(1, types.int64)
@@ -37,11 +43,36 @@ def _run(rounds: int) -> int:
     return _fma_rounds(rounds)  # type: ignore[no-any-return]
 
 
-def probe_ns() -> int:
-    """Return the nanoseconds that a fixed short run of FMAs takes now; its best is the undisturbed machine."""
-    start = time.perf_counter_ns()
-    _run(_PROBE_ROUNDS)
-    return time.perf_counter_ns() - start
+def slowdown(threads: int = 1) -> float:
+    """Return how many times longer a fixed short run takes now than at its best since this process began.
+
+    The run is three layers of single weights, 40 µs on one core. What another machine's thread on the same core
+    takes away shows there first: such a layer is a long stretch of code that runs once (measured: + 20 to 25 %, while
+    a loop of FMAs loses 3 %). On several threads it also shows when two of them share a core, or one has to wait.
+    """
+    probe = _probe(threads)
+    took_us = float(probe.program.time_us(2).min())  # the first brings the code back into cache
+    probe.best_us = min(probe.best_us, took_us)
+    return took_us / probe.best_us
+
+
+class _Probe:
+    """The program that is timed, and its best time so far."""
+
+    def __init__(self, threads: int) -> None:
+        weight = torch.randn(_PROBED.weight_shape, generator=torch.Generator().manual_seed(0))
+        weight *= make_mask(weight, Fine(keep=0.25))
+        self.program = Program(1, threads)
+        ring = [self.program.buffer(_PROBED.channels, *_PROBED.input_hw, halo=1) for _ in range(3)]
+        for source, target in ((0, 1), (1, 2), (2, 0)):
+            self.program.conv(ring[source], ring[target], _PROBED, weight, None, "csr")
+        self.program.finish()
+        self.best_us = float(self.program.time_us(_FIRST_RUNS).min())
+
+
+@cache
+def _probe(threads: int) -> _Probe:
+    return _Probe(threads)
 
 
 @cache
@@ -61,5 +92,3 @@ def peak_gflops(threads: int = 1) -> float:
             worker.join()
         best = min(best, time.perf_counter_ns() - start)
     return 2.0 * LANES * _SUMS * _PEAK_ROUNDS * threads / best
-
-

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +15,8 @@ from autoprune.kernels.cpu.bands import ALONE, Share, agree
 from autoprune.kernels.cpu.memory import Buffer, Memory
 from autoprune.kernels.cpu.operations import Conv, Elementwise, Epilogue
 from autoprune.kernels.cpu.recorder import Recorder
-from autoprune.kernels.cpu.rows import ROW_FIELDS, Control, Field, Op, control_size
-from autoprune.kernels.cpu.team import Team
+from autoprune.kernels.cpu.rows import ROW_FIELDS, Control, Field, Op
+from autoprune.kernels.cpu.team import borrowed
 from autoprune.kernels.formats import aligned
 
 __all__ = ["Buffer", "Epilogue", "Program"]
@@ -124,19 +122,18 @@ class Program(Recorder):
                 fields[index, field] = value
         self._n_rows = len(table)
         self._table = self._memory.keep(fields)
-        self._control_values = {
+        settings = {
             Control.TABLE: self._table,
             Control.N_ROWS: self._n_rows,
-            Control.THREADS: self.threads,
             Control.BATCH: self.batch,
             Control.CHUNK: chunk if self._by_image else self.batch,
             Control.BY_IMAGE: int(self._by_image),
         }
+        self._settings = np.array(list(settings.items()), np.int64)
         self._in_shape, self._out_shape = _tensor_shape(self._input), _tensor_shape(self._output)
         if self._out_shape[2:] == (1, 1):
             self._out_shape = self._out_shape[:2]
         self._sample, self._result = torch.zeros(self._in_shape), torch.zeros(self._out_shape)
-        self._team: Team | None = None
 
     def run(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         """Return the output for one batch.
@@ -160,8 +157,9 @@ class Program(Recorder):
         out_last = last and len(self._out_shape) == 4
         if out_last:  # a user who keeps channels last gets them back so
             result = result.contiguous(memory_format=torch.channels_last)
-        with self._lock:
-            self._ready_team().run_on(x.data_ptr() + last, result.data_ptr() + out_last)
+        with self._lock, borrowed(self.threads) as team:
+            team.load(self._settings)
+            team.run_on(x.data_ptr() + last, result.data_ptr() + out_last)
         return result
 
     def time_us(self, repeats: int) -> npt.NDArray[np.float64]:
@@ -182,28 +180,15 @@ class Program(Recorder):
         return [times[:, first:last].sum(axis=1) / 1e3 for first, last in self._spans]
 
     def _measure(self, repeats: int, times: npt.NDArray[np.int64], by_row: bool) -> None:
-        with self._lock:
-            team, control = self._ready_team(), self._control
+        with self._lock, borrowed(self.threads) as team:
+            team.load(self._settings)
+            control = team.control
             control[Control.SOURCE] = self._sample.data_ptr()
             control[Control.TARGET] = self._result.data_ptr()
             control[Control.REPEATS] = repeats
             control[Control.TIMES] = times.ctypes.data
             control[Control.PROFILE] = by_row
             team.run()
-
-    def _ready_team(self) -> Team:
-        team = self._team
-        return team if team is not None and team.process == os.getpid() else self._recruit()
-
-    def _recruit(self) -> Team:
-        """Start a team; also after a fork, which copies no threads and may copy a half-open barrier."""
-        memory = self.memory
-        self._control = aligned((control_size(self.threads),), np.int64).view(np.int64)
-        for field, value in self._control_values.items():
-            self._control[field] = value
-        self._team = Team(self._control, (memory,))
-        weakref.finalize(self, self._team.stop)
-        return self._team
 
     @property
     def memory(self) -> Memory:

@@ -1,46 +1,54 @@
-"""The threads that run a program together: the caller, and workers that sleep while nothing is to do."""
+"""The threads that run programs: the caller, and workers that sleep while nothing is to do."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from autoprune.kernels.cpu.engine import ANNOUNCE, ENTER, PREPARE, RUN, STOPPED, WORK
-from autoprune.kernels.cpu.rows import Control
+from autoprune.kernels.cpu.rows import Control, control_size
+from autoprune.kernels.formats import aligned
 
 PATIENCE_NS = 200_000  # how long a worker spins for the next run before it sleeps
 
 
 class Team:
-    """``threads - 1`` daemon threads that serve the runs announced in a control block."""
+    """The calling thread and ``threads - 1`` daemon threads that serve the runs announced in a control block.
 
-    def __init__(self, control: npt.NDArray[np.int64], keep: Sequence[object]) -> None:
-        """Start the workers.
+    Programs of the same number of threads take turns on one team: its threads are awake and on their cores already
+    when the next program runs. Programs that run at the same time have a team each.
+    """
 
-        Args:
-            control: Block laid out as in ``rows.Control``; used by this team alone.
-            keep: What the instructions point to; lives as long as a worker may touch it.
-        """
-        self._control = control
-        self._address = int(control.ctypes.data)
-        self.process = os.getpid()
-        epoch = int(control[Control.EPOCH])
+    def __init__(self, threads: int) -> None:
+        """Start the workers; ``borrowed`` does it when no team is free."""
+        self.control = aligned((control_size(threads),), np.int64).view(np.int64)
+        self.control[Control.THREADS] = threads
+        self._address = int(self.control.ctypes.data)
+        self._loaded: npt.NDArray[np.int64] | None = None
         self._allowed: set[int] = set()  # cores of the thread that called last
-        self._bells = [threading.Semaphore(0) for _ in range(int(control[Control.THREADS]) - 1)]
+        self._bells = [threading.Semaphore(0) for _ in range(threads - 1)]
         self._workers = [
             threading.Thread(
-                target=_serve, args=(control, keep, i, bell, epoch, self._allowed), daemon=True, name=f"kernel-{i}"
+                target=_serve, args=(self.control, i, bell, self._allowed), daemon=True, name=f"kernel-{i}"
             )
             for i, bell in enumerate(self._bells, start=1)
         ]
         for worker in self._workers:
             worker.start()
+
+    def load(self, program: npt.NDArray[np.int64]) -> None:
+        """Take on a program: (field of the control block, value) pairs, shape (n, 2)."""
+        if self._loaded is not program:
+            self.control[program[:, 0]] = program[:, 1]
+            self._loaded = program
 
     def run(self) -> None:
         """Do what the control block asks for; returns when all threads are done."""
@@ -71,30 +79,47 @@ class Team:
         self.run()
 
     def stop(self) -> None:
-        """End the workers; in a forked child, which has none, do nothing."""
-        if os.getpid() != self.process:
-            return
-        self._control[Control.STOP] = 1
+        """End the workers."""
+        self.control[Control.STOP] = 1
         for bell in self._bells:
             bell.release()
         for worker in self._workers:
             worker.join(timeout=5.0)
 
 
-def _serve(
-    control: npt.NDArray[np.int64],
-    keep: Sequence[object],
-    thread: int,
-    bell: threading.Semaphore,
-    seen: int,
-    allowed: set[int],
-) -> None:
-    address = int(control.ctypes.data)
+_idle: defaultdict[int, list[Team]] = defaultdict(list)
+
+
+@contextlib.contextmanager
+def borrowed(threads: int) -> Iterator[Team]:
+    """Lend a team of ``threads`` threads, the one that ran last if it is free."""
+    idle = _idle[threads]
+    try:
+        team = idle.pop()
+    except IndexError:
+        team = Team(threads)
+    yield team
+    idle.append(team)  # not after an error: nobody knows what its workers are at
+
+
+@atexit.register
+def _dismiss() -> None:
+    for teams in _idle.values():
+        while teams:
+            teams.pop().stop()
+
+
+if hasattr(os, "register_at_fork"):
+    # A fork copies no threads and may copy a half-open barrier.
+    os.register_at_fork(after_in_child=_idle.clear)
+
+
+def _serve(control: npt.NDArray[np.int64], thread: int, bell: threading.Semaphore, allowed: set[int]) -> None:
+    address, seen = int(control.ctypes.data), 0
     while (seen := ENTER(WORK, address, thread, seen, PATIENCE_NS)) != STOPPED:
         bell.acquire()
         if allowed:  # placed once; from here on the system may move it
             _place(0, allowed)
-    del keep
 
 
 def _place(thread: int, cores: set[int]) -> None:
