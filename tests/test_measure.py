@@ -80,6 +80,19 @@ def test_five_least_disturbed_samples_stay_on_a_busy_machine(monkeypatch: pytest
     assert dropped == 10
 
 
+def test_a_busy_machine_is_given_three_times_the_time_and_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "slowdown", lambda _: 1.0)
+    monkeypatch.setattr(measuring, "_ALONE", 10.0)
+    assert not measure({"a": _spin(50.0)}, 0.02).busy
+    monkeypatch.setattr(measuring, "_PATIENCE_NS", -1)
+    monkeypatch.setattr(measuring, "slowdown", lambda _: 1.5)
+    start = time.perf_counter()
+    found = measure({"a": _spin(50.0)}, 0.1)
+    assert time.perf_counter() - start > 0.3
+    assert found.busy
+    assert len(found.samples["a"]) >= 5
+
+
 def test_samples_during_which_the_thread_did_not_run_are_dropped() -> None:
     calls = iter(range(1000))
 
@@ -238,20 +251,25 @@ def test_bench_covers_networks_that_are_no_flat_plan() -> None:
         bench(resnet(), {"nosuch": Fine(keep=0.5)}, torch.randn(1, 1, 12, 12), seconds=0.1, compile=False)
 
 
-def test_with_several_threads_a_sample_begins_once_a_call_is_near_the_best() -> None:
-    times_ms = iter([1, 1, 1, 1, *[3] * 3, *[1] * 10])
-    calls = 0
+def test_with_several_threads_a_sample_begins_once_a_call_is_near_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_ns, calls = 0, 0
+    times_ms = iter([1, 1, 1, 1, 3, 3, 3, 1, 1])
+
+    def clock() -> int:
+        nonlocal now_ns
+        now_ns += 100  # reading it takes a moment
+        return now_ns
 
     def call() -> None:
-        nonlocal calls
+        nonlocal now_ns, calls
         calls += 1
-        time.sleep(next(times_ms) / 1e3)
+        now_ns += next(times_ms) * 1_000_000
 
+    monkeypatch.setattr(time, "perf_counter_ns", clock)
     sample = call_timer(call, threads=2)
     assert calls == 4  # three to know how long it takes, one to see whether its threads linger
-    calls = 0
-    assert 900.0 <= sample() <= 2_000.0
-    assert calls == 5  # three of 3 ms and one of 1 ms, which are not timed, and one that is
+    assert sample() == pytest.approx(1000.0, rel=0.01)
+    assert calls == 9  # three of 3 ms and one of 1 ms, which are not timed, and one that is
 
 
 def test_threads_that_spin_after_a_call_are_noticed_and_left_to_fall_asleep() -> None:

@@ -78,11 +78,13 @@ class Measurement:
         samples: Case → microseconds a call, shape (kept,) float64.
         taken: Samples taken over all cases.
         dropped: Of these, the ones left out because the machine was disturbed.
+        busy: Whether a case found no ten undisturbed moments in three times the time asked for: its times may be off.
     """
 
     samples: dict[str, np.ndarray]
     taken: int
     dropped: int
+    busy: bool = False
 
     @property
     def spreads(self) -> dict[str, Spread]:
@@ -116,6 +118,10 @@ def sample_rounds(timers: Mapping[K, Callable[[], float]], effort: Effort) -> tu
         Case → kept samples in order; and how many were dropped. Where fewer than five were undisturbed, the least
         disturbed five are kept.
     """
+    return _sampled(timers, effort).kept()
+
+
+def _sampled(timers: Mapping[K, Callable[[], float]], effort: Effort) -> _Log[K]:
     log = _Log(timers, effort.threads)
     start = time.perf_counter()
     collecting = gc.isenabled()
@@ -132,7 +138,7 @@ def sample_rounds(timers: Mapping[K, Callable[[], float]], effort: Effort) -> tu
     finally:
         if collecting:
             gc.enable()
-    return log.kept()
+    return log
 
 
 class _Log(Generic[K]):
@@ -201,8 +207,10 @@ def measure(cases: Mapping[str, Callable[[], object]], seconds: float, threads: 
                 timers[name] = call_timer(call, threads)
             except Exception as error:
                 raise MeasurementError(f"'{name}' cannot be timed: {type(error).__name__}: {error}") from error
-        samples, dropped = sample_rounds(timers, Effort(seconds=seconds, threads=threads))
-    return Measurement(samples, dropped + sum(len(column) for column in samples.values()), dropped)
+        log = _sampled(timers, Effort(seconds=seconds, threads=threads))
+    samples, dropped = log.kept()
+    taken = dropped + sum(len(column) for column in samples.values())
+    return Measurement(samples, taken, dropped, busy=log.fewest_quiet() < _ENOUGH)
 
 
 def interleaved_us(

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from autoprune.core.choices import Choice
 from autoprune.core.errors import ModelError
+from autoprune.core.progress import Silent
 from autoprune.kernels.convert import DeployedModel, convert
 from autoprune.kernels.dense import dense_references, runners
-from autoprune.lut.measure import interleaved_us
+from autoprune.lut.measure import interleaved_us, measure
 from autoprune.lut.table import LatencyTable
 from autoprune.sparsity.channels import ChannelGroups
 
@@ -77,6 +78,7 @@ class Deployer:
         references: What it is compared with.
         threads: Of the deployed network.
         groups: Channel groups of the model, where channels are searched.
+        note: Told when times may be off because the machine was busy.
     """
 
     example: Tensor
@@ -84,6 +86,7 @@ class Deployer:
     references: References
     threads: int
     groups: ChannelGroups | None = None
+    note: Callable[[str], None] = Silent().note
 
     @property
     def measures(self) -> bool:
@@ -105,8 +108,13 @@ class Deployer:
         }
         cases["dense reference"] = self.references.run
         with torch.inference_mode():
-            samples = interleaved_us(cases, SECONDS_A_NETWORK * len(cases), self.threads)
-        medians = {name: float(np.median(values)) for name, values in samples.items()}
+            found = measure(cases, SECONDS_A_NETWORK * len(cases), self.threads)
+        if found.busy:
+            self.note(
+                f"the machine was busy: {found.dropped} of {found.taken} samples were disturbed, times may be off; "
+                "stop what else runs here"
+            )
+        medians = {name: float(np.median(values)) for name, values in found.samples.items()}
         return medians, medians.pop("dense reference")
 
 

@@ -80,7 +80,7 @@ def open_latency(subject: Subject, config: SearchConfig, progress: Progress) -> 
             table.save(subject.cache.table(key))
     if table is not own:
         table.save(subject.run.table)
-    return Deployer(example, table, references, config.threads, subject.groups)
+    return Deployer(example, table, references, config.threads, subject.groups, progress.note)
 
 
 def _on_gpu(
