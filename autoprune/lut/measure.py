@@ -152,6 +152,7 @@ class _Log(Generic[K]):
         self.timers, self.threads = timers, threads
         self.values: dict[K, list[float]] = {case: [] for case in timers}
         self.disturbance: dict[K, list[float]] = {case: [] for case in timers}
+        self._quiet = dict.fromkeys(timers, 0)
 
     def round(self) -> None:
         for case, timer in self.timers.items():
@@ -161,7 +162,9 @@ class _Log(Generic[K]):
             own, wall = time.thread_time_ns() - own, time.perf_counter_ns() - wall
             after = slowdown(self.threads)
             waited = wall / max(own, 1) if self.threads == 1 else 1.0
-            self.disturbance[case].append(max(before / _QUIET, after / _QUIET, waited / _ALONE))
+            disturbance = max(before / _QUIET, after / _QUIET, waited / _ALONE)
+            self.disturbance[case].append(disturbance)
+            self._quiet[case] += disturbance <= 1.0
 
     def _await_quiet(self) -> float:
         start = time.perf_counter_ns()
@@ -170,7 +173,7 @@ class _Log(Generic[K]):
         return slow
 
     def fewest_quiet(self) -> int:
-        return min(sum(level <= 1.0 for level in levels) for levels in self.disturbance.values())
+        return min(self._quiet.values())
 
     def kept(self) -> tuple[dict[K, np.ndarray], int]:
         kept, dropped = {}, 0
