@@ -37,6 +37,8 @@ from autoprune.tasks.task import Task
 from autoprune.trainers.finetune import FinetuneRecipe
 
 CALIBRATION_IMAGES = 500
+# Of a policy that is only scored: half the images order policies all the same.
+RECALIBRATION_IMAGES = 250
 MOMENT_IMAGES = 1_000
 EVALUATION_IMAGES = 1_000
 SINGLE_LAYER_IMAGES = 160
@@ -92,7 +94,7 @@ def score_choices(
     store = DatabaseStore(cache.database(key))
     channels = None if groups is None or not groups.leaders else Channelled(groups, space.layers)
     database = build_database(model, options, images, progress.advance, store, channels)
-    network = StitchedNetwork(model, data.normalize(data.train.images[:CALIBRATION_IMAGES]))
+    network = StitchedNetwork(model, data.normalize(data.train.images[:RECALIBRATION_IMAGES]))
     scored, _ = data.judges(EVALUATION_IMAGES)
     evaluator = Evaluator(network, database, data.normalize(scored.images), scored.labels)
     errors = _single_errors(evaluator, options, _errors_key(key, task, options), cache, progress)
@@ -318,7 +320,7 @@ def _errors_key(database: str, task: Task, options: Mapping[LayerSpec, Sequence[
     digest = hashlib.sha256(database.encode())
     for layer, choices in options.items():
         digest.update(f"{layer.name} {layer.signature} {[choice.text for choice in choices]}".encode())
-    digest.update(task.data.train.images[:CALIBRATION_IMAGES].numpy().tobytes())
+    digest.update(task.data.train.images[:RECALIBRATION_IMAGES].numpy().tobytes())
     searched, _ = task.data.judges(EVALUATION_IMAGES)
     digest.update(searched.digest().encode())
     digest.update(searched.labels.numpy().tobytes())
