@@ -31,7 +31,8 @@ class StitchedNetwork:
         model: Dense network; left as it is.
         calibration: Normalised images ``(N, C, H, W)`` float32 for BatchNorm statistics.
 
-    Both copies live on the model's device; logits come back to the CPU.
+    Both copies live on the model's device; logits come back to the CPU. ``fast`` runs the folded copy's layers with
+    activations in place.
     """
 
     def __init__(self, model: nn.Module, calibration: Tensor) -> None:
@@ -51,7 +52,7 @@ class StitchedNetwork:
             parent, _, child = norm.rpartition(".")
             setattr(self.folded.get_submodule(parent), child, nn.Identity())
         self.folded.to(self._native)
-        self._fast = self._checked(overwriting(self.folded))
+        self.fast = self._checked(overwriting(self.folded))
         self._recalibrator = Recalibrator(self.model)
         self._dense = {name: module.weight.clone() for name, module in _weighted(self.model)}
         self._dense_norms = {
@@ -146,7 +147,7 @@ class StitchedNetwork:
 
         def run(part: Tensor) -> Tensor:
             with torch.inference_mode():
-                return main_output(self._fast(part)).float().cpu()
+                return main_output(self.fast(part)).float().cpu()
 
         with side_by_side() as pool:
             return torch.cat(list(pool.map(run, torch.split(self.to_native(images), BATCH))))

@@ -41,7 +41,7 @@ CALIBRATION_IMAGES = 500
 RECALIBRATION_IMAGES = 250
 MOMENT_IMAGES = 1_000
 EVALUATION_IMAGES = 1_000
-SINGLE_LAYER_IMAGES = 160
+SINGLE_LAYER_IMAGES = 144
 _WORDS = {"latency": "us", "macs": " MACs", "params": " weights", "size": " bytes", "memory": " bytes"}
 
 
@@ -73,7 +73,12 @@ class Scored:
 
 
 def score_choices(
-    task: Task, space: SearchSpace, cache: Cache, progress: Progress, groups: ChannelGroups | None = None
+    task: Task,
+    space: SearchSpace,
+    cache: Cache,
+    progress: Progress,
+    groups: ChannelGroups | None = None,
+    images_drawn: int | None = None,
 ) -> Scored:
     """Return the database and single-layer errors of a space, from the cache where an earlier run made them.
 
@@ -83,6 +88,7 @@ def score_choices(
         cache: Of the folder of runs.
         progress: Told of the stage.
         groups: Channel groups of the network, where channels are searched.
+        images_drawn: Of the evaluation images, to score policies on; None takes all.
     """
     data, device = task.data, compute_device()
     options = {layer: space.choices[layer.name] for layer in space.searched}
@@ -96,7 +102,7 @@ def score_choices(
     database = build_database(model, options, images, progress.advance, store, channels)
     network = StitchedNetwork(model, data.normalize(data.train.images[:RECALIBRATION_IMAGES]))
     scored, _ = data.judges(EVALUATION_IMAGES)
-    evaluator = Evaluator(network, database, data.normalize(scored.images), scored.labels)
+    evaluator = Evaluator(network, database, data.normalize(scored.images), scored.labels, images_drawn)
     errors = _single_errors(evaluator, options, _errors_key(key, task, options), cache, progress)
     return Scored(options, database, evaluator, errors, space.coupling)
 
