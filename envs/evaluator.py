@@ -82,8 +82,9 @@ class Evaluator:
     ) -> tuple[np.ndarray, ...]:
         """Return for each layer the error of each choice when only that layer is changed.
 
-        A quarter of the images for all choices of a layer, the rest for the best eighth of them. A large error shows on every image, a small one on the few that are nearly undecided:
-        those are drawn more often, and count less in turn (see ``telling_images``).
+        A quarter of the images for all choices of a layer, the rest for the best eighth of them. A large error shows
+        on every image, a small one on the few that are nearly undecided: those are drawn more often, and count less in
+        turn (see ``telling_images``).
 
         Args:
             options: Choices of each searched layer; dense has error 0.

@@ -46,7 +46,8 @@ class PrefixCache:
         self._starts: dict[str, int] = {}
         self._calls: dict[str, int] = {}
         try:
-            self._module = fx.symbolic_trace(model)
+            # A graph is taken as it is: tracing it again would look into its functions.
+            self._module = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
         except Exception:  # whatever a forward does that cannot be traced
             return
         self._nodes = list(self._module.graph.nodes)
