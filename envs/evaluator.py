@@ -7,7 +7,6 @@ one's, on validation images: smoother than accuracy, and it needs no labels.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +23,6 @@ from autoprune.envs.prefix import Parameters, PrefixCache
 from autoprune.envs.problem import Quality
 from autoprune.envs.store import Moments
 from autoprune.tasks.metrics import top1
-
-# Parts of the images that single-layer errors are measured on, and which of them what share of the choices sees.
-# Halving (a quarter for all, another for half, the rest for a quarter) takes a third more for errors a tenth better.
-_PARTS = 4
-_ROUNDS = (((0,), 1.0), ((1, 2, 3), 0.125))
 
 
 class Evaluator:
@@ -82,9 +76,9 @@ class Evaluator:
     ) -> tuple[np.ndarray, ...]:
         """Return for each layer the error of each choice when only that layer is changed.
 
-        A quarter of the images for all choices of a layer, the rest for the best eighth of them. A large error shows
-        on every image, a small one on the few that are nearly undecided: those are drawn more often, and count less in
-        turn (see ``telling_images``).
+        A large error shows on every image, a small one on the few that are nearly undecided: those are drawn more
+        often, and count less in turn (see ``telling_images``). All choices see the same images; successive halving
+        (few images for all, more for the best) is a sixth less exact at the same cost.
 
         Args:
             options: Choices of each searched layer; dense has error 0.
@@ -118,7 +112,7 @@ class Evaluator:
         networks = [copy.deepcopy(self._network) for _ in parts]
         # torch.fx patches every module's call while it traces: no thread may run a network meanwhile.
         caches = [
-            PrefixCache(network.fast, images, [layer.name for layer in part], max(1, len(images) // _PARTS))
+            PrefixCache(network.fast, images, [layer.name for layer in part], len(images))
             for part, network in zip(parts, networks, strict=True)
         ]
         with side_by_side() as pool:
@@ -139,23 +133,17 @@ class Evaluator:
         return errors
 
     def _single_errors(self, alone: _Alone, choices: Sequence[Choice]) -> np.ndarray:
+        errors = np.zeros(len(choices))
         pruned = [index for index, choice in enumerate(choices) if not isinstance(choice, Dense)]
-        sums, seen = np.zeros(len(choices)), np.zeros(len(choices))
-        width = max(1, BATCH // alone.size)
-        for parts, share in _ROUNDS:
+        width = max(1, round(BATCH / len(alone.dense_logits)))
+        for first in range(0, len(pruned), width):
             # Weights are made when they are needed: those of all choices at once are many.
-            means = sums / np.maximum(seen, 1)
-            left = sorted(pruned, key=lambda index: float(means[index]))[: math.ceil(share * len(pruned))]
-            for first in range(0, len(left), width):
-                group = left[first : first + width]
-                made = [self._alone_parameters(alone, choices[index]) for index in group]
-                for part in (part for part in parts if part < alone.cache.parts):
-                    own = slice(part * alone.size, (part + 1) * alone.size)
-                    for index, logits in zip(group, self._logits_alone(alone, made, part), strict=True):
-                        each = divergences(alone.dense_logits[own], logits)
-                        sums[index] += float((each * alone.scales[own].to(each.device)).sum())
-                        seen[index] += len(each)
-        return sums / np.maximum(seen, 1)
+            group = pruned[first : first + width]
+            made = [self._alone_parameters(alone, choices[index]) for index in group]
+            for index, logits in zip(group, self._logits_alone(alone, made), strict=True):
+                each = divergences(alone.dense_logits, logits)
+                errors[index] = float((each * alone.scales.to(each.device)).mean())
+        return errors
 
     def _alone_parameters(self, alone: _Alone, choice: Choice) -> Parameters:
         weight = self._database.weight(alone.layer, choice).to(alone.network.device)
@@ -165,8 +153,8 @@ class Evaluator:
         return alone.network.changed(alone.layer, weight, shifted)
 
     @staticmethod
-    def _logits_alone(alone: _Alone, made: Sequence[Parameters], part: int) -> list[Tensor]:
-        found = alone.cache.branches(alone.layer, part, made)
+    def _logits_alone(alone: _Alone, made: Sequence[Parameters]) -> list[Tensor]:
+        found = alone.cache.branches(alone.layer, 0, made)
         if found is not None:
             return found
         module = layer_of(alone.network.folded, alone.layer)
@@ -175,7 +163,7 @@ class Evaluator:
             module.weight.copy_(weight)
             if module.bias is not None:
                 module.bias.copy_(bias)
-            found.append(alone.cache.logits(alone.layer)[part * alone.size : (part + 1) * alone.size])
+            found.append(alone.cache.logits(alone.layer))
         alone.network.fold(alone.layer)
         return found
 
@@ -190,11 +178,6 @@ class _Alone:
     moments: Moments
     dense_logits: Tensor
     scales: Tensor
-
-    @property
-    def size(self) -> int:
-        """Images in a part of the cache."""
-        return max(1, len(self.dense_logits) // _PARTS)
 
 
 def shifted_statistics(
@@ -229,7 +212,7 @@ def telling_images(dense_logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         dense_logits: (N, classes) of the dense network.
         count: Images to draw; N or more takes all of them.
     Returns:
-        Indices, (count,) int64, every quarter of them a sample of its own; factors, (count,) float64.
+        Indices, (count,) int64, ascending; factors, (count,) float64.
     """
     images = len(dense_logits)
     if count >= images:
@@ -245,7 +228,6 @@ def telling_images(dense_logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         chance = torch.where(free, chance * (1.0 + missing / chance[free].sum()), chance).clamp_max(1.0)
     steps = torch.arange(count, dtype=torch.float64) + 0.5
     drawn = torch.searchsorted(chance.cumsum(0), steps * (chance.sum() / count)).clamp_max(images - 1)
-    drawn = torch.cat([drawn[first::_PARTS] for first in range(_PARTS)])
     return drawn, count / (images * chance[drawn])
 
 

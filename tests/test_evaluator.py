@@ -248,13 +248,11 @@ def test_few_telling_images_estimate_the_error_better_than_the_first_ones() -> N
 
 
 @pytest.mark.parametrize("count", [4, 96, 999])
-def test_telling_images_are_distinct_and_each_quarter_is_a_sample_of_its_own(count: int) -> None:
+def test_telling_images_are_distinct(count: int) -> None:
     dense, _ = _disturbed_logits(1)
     drawn, scales = telling_images(dense, count)
     assert len(drawn) == len(scales) == count
     assert len(set(drawn.tolist())) == count
-    quarter = drawn[: max(1, count // 4)]
-    assert count == 4 or int(quarter.max() - quarter.min()) > 800
 
 
 def test_all_images_are_taken_as_they_are() -> None:
