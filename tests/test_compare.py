@@ -217,7 +217,7 @@ def test_a_killed_comparison_goes_on_to_the_same_and_can_be_widened(task: Task, 
         elsewhere = run_comparison(replace(config, run="three"), Silent(), task, known=found.cells, done=told.append)
         assert elsewhere.cells == found.cells
         assert len(told) == 3
-        assert not list((config.runs_dir / "three" / "cells").iterdir())
+        assert not (config.runs_dir / "three" / "cells").exists()
         fresh = run_comparison(replace(config, run="two"), Silent(), task)
         wider = run_comparison(replace(config, agents=("uniform", "random"), seeds=1), Silent(), task)
         scored = run_comparison(replace(config, run="four", seeds=1, finetune=False), Silent(), task)
