@@ -22,7 +22,7 @@ from autoprune.envs.database import build_database
 from autoprune.envs.evaluator import Evaluator
 from autoprune.envs.network import BATCH, StitchedNetwork, side_by_side
 from autoprune.lut.bench import append_rows
-from autoprune.search.setup import CALIBRATION_IMAGES, MOMENT_IMAGES, SINGLE_LAYER_IMAGES
+from autoprune.search.setup import MOMENT_IMAGES, RECALIBRATION_IMAGES, SINGLE_LAYER_IMAGES
 from autoprune.search_spaces.trace import trace
 from autoprune.tasks.precision import native_dtype
 from autoprune.tasks.task import Task, load_task
@@ -84,7 +84,7 @@ def main() -> None:
     print(f"layer database: {time.perf_counter() - started:.1f} s", flush=True)
     scored = data.validation.take(options.images)
     images = data.normalize(scored.images)
-    network = StitchedNetwork(task.model, data.normalize(data.train.images[:CALIBRATION_IMAGES]))
+    network = StitchedNetwork(task.model, data.normalize(data.train.images[:RECALIBRATION_IMAGES]))
     evaluator = Evaluator(network, database, images, scored.labels)
     rng = np.random.default_rng(0)
 

@@ -1,6 +1,9 @@
 """Our policy against Torch-Pruning at the same measured latency: same network, data and two-epoch fine-tune.
 
-    python benchmarks/peer.py [--budgets 50 25] [--evaluations 100] [--seconds 1.0]
+    python benchmarks/peer.py [--budgets 50 25] [--evaluations 100] [--seconds 1.0] [--train-only]
+
+Every network is kept under ``runs/peer`` when it is trained, and not made again: ``--train-only`` ends there, and the
+same command without it then only times, for a minute, on a machine that should be quiet.
 
 Torch-Pruning removes channels; its networks run through the fastest dense execution found, our dense plan or
 onnxruntime. Its pruning ratio is chosen by bisection, with the latency measured, so that the network just meets the
@@ -15,6 +18,7 @@ import argparse
 import copy
 import functools
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +27,12 @@ import numpy as np
 import torch
 import torch_pruning as tp
 from common import RESULTS, row
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from autoprune.core.policy import Policy
 from autoprune.core.progress import Silent
 from autoprune.core.rundir import RunDir
-from autoprune.envs.network import side_by_side
 from autoprune.kernels.convert import convert
 from autoprune.kernels.dense import dense_references, runners
 from autoprune.lut.bench import append_rows
@@ -57,18 +61,33 @@ class Entry:
     Attributes:
         name: Method and scope, or ``autoprune``.
         budget: In percent of the fastest dense execution.
-        model: Fine-tuned.
         run: Runs the fastest form once.
         form: Its name.
         compression: Dense parameters over the network's that are not zero.
+        validation, test: Accuracy.
     """
 
     name: str
     budget: int
-    model: nn.Module
     run: Callable[[], object]
     form: str
     compression: float
+    validation: float
+    test: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A fine-tuned network of the peer's.
+
+    Attributes:
+        model: In eval mode.
+        validation, test: Accuracy.
+    """
+
+    model: nn.Module
+    validation: float
+    test: float
 
 
 class Peer:
@@ -78,10 +97,12 @@ class Peer:
         task: Dense network and data; not modified.
         threads: Of the deployed networks.
         seconds: Of one latency measurement.
+        folder: Where networks are kept.
     """
 
-    def __init__(self, task: Task, threads: int, seconds: float) -> None:
-        self.task, self.threads, self.seconds = task, threads, seconds
+    def __init__(self, task: Task, threads: int, seconds: float, folder: Path) -> None:
+        self.task, self.threads, self.seconds, self.folder = task, threads, seconds, folder
+        folder.mkdir(parents=True, exist_ok=True)
         runs = runners(dense_references(task.model, task.example, threads, compile=False))
         samples = interleaved_us(runs, 4 * seconds, threads)
         self.dense_name = min(samples, key=lambda name: float(np.median(samples[name])))
@@ -116,8 +137,38 @@ class Peer:
         if method != "group-norm":
             return self.task.model
         if method not in self._sources:
-            self._sources[method] = self._regularised()
+            path = self.folder / "regularised.safetensors"
+            if path.exists():
+                self._sources[method] = copy.deepcopy(self.task.model)
+                self._sources[method].load_state_dict(load_file(path))
+            else:
+                self._sources[method] = self._regularised()
+                _keep(self._sources[method], path)
         return self._sources[method]
+
+    def trained(self, key: tuple[int, str, str], teacher: Teacher) -> Trained | None:
+        """Return the fine-tuned network of a budget, method and scope; None where the budget is not reached."""
+        budget, method, scope = key
+        path = self.folder / f"{budget}-{method}-{scope}.safetensors"
+        record = path.with_suffix(".json")
+        if record.exists():
+            facts = json.loads(record.read_text(encoding="utf-8"))
+            if facts is None:
+                return None
+            model = self.pruned(method, scope, facts["ratio"], facts["rounding"])
+            model.load_state_dict(load_file(path))
+            return Trained(model.requires_grad_(False).eval(), facts["validation"], facts["test"])
+        found = self.at_budget(method, scope, budget)
+        facts = None
+        if found is not None:
+            ratio, rounding, model = found
+            finetune(model.requires_grad_(True), teacher, {}, self.task.data, FinetuneRecipe(), seed=0)
+            model.requires_grad_(False)
+            validation, test = _scores(self.task, model)
+            _keep(model, path)
+            facts = {"ratio": ratio, "rounding": rounding, "validation": validation, "test": test}
+        record.write_text(json.dumps(facts), encoding="utf-8")
+        return self.trained(key, teacher)
 
     def _regularised(self) -> nn.Module:
         """Return the network after an epoch with the group-norm pruner's regulariser."""
@@ -146,22 +197,27 @@ class Peer:
         for images, labels in zip(torch.split(part.images, 128), torch.split(part.labels, 128), strict=True):
             nn.functional.cross_entropy(model(self.task.data.normalize(images)), labels).backward()
 
-    def at_budget(self, method: str, scope: str, percent: int) -> nn.Module | None:
-        """Return the network that just meets a budget in our dense plan: of all roundings, the one with most MACs."""
-        found: list[tuple[float, nn.Module]] = []
+    def at_budget(self, method: str, scope: str, percent: int) -> tuple[float, int, nn.Module] | None:
+        """Return pruning ratio, rounding and network that just meet a budget in our dense plan.
+
+        Of all roundings the one with most MACs.
+        """
+        found: list[tuple[float, tuple[float, int, nn.Module]]] = []
         for rounding in _ROUNDINGS:
-            model = self._bisect(functools.partial(self.pruned, method, scope, rounding=rounding), percent / 100.0)
-            if model is not None:
-                found.append((tp.utils.count_ops_and_params(model, self.task.example)[0], model))
+            met = self._bisect(functools.partial(self.pruned, method, scope, rounding=rounding), percent / 100.0)
+            if met is not None:
+                ratio, model = met
+                macs = tp.utils.count_ops_and_params(model, self.task.example)[0]
+                found.append((macs, (ratio, rounding, model)))
         return max(found, key=lambda item: item[0])[1] if found else None
 
-    def _bisect(self, prune: Callable[[float], nn.Module], budget: float) -> nn.Module | None:
+    def _bisect(self, prune: Callable[[float], nn.Module], budget: float) -> tuple[float, nn.Module] | None:
         low, high, best = 0.0, _MOST, None
         for _ in range(_BISECTIONS):
             ratio = (low + high) / 2
             model = prune(ratio)
             if self._latency_ratio(model) <= budget:
-                best, high = model, ratio
+                best, high = (ratio, model), ratio
             else:
                 low = ratio
         return best
@@ -181,26 +237,33 @@ class Peer:
         return best, runs[best]
 
 
-def peers(peer: Peer, budgets: list[int], methods: list[str], scopes: list[str]) -> list[Entry]:
-    """Return every peer at every budget, fine-tuned."""
-    keys = list(itertools.product(budgets, methods, scopes))
-    pruned = {key: peer.at_budget(key[1], key[2], key[0]) for key in keys}
-    models = {key: model for key, model in pruned.items() if model is not None}
-    for budget, method, scope in [key for key in keys if key not in models]:
-        print(f"latency={budget}% {method} {scope}: not reached at a pruning ratio of {_MOST}", flush=True)
-
+def train_peers(peer: Peer, budgets: list[int], methods: list[str], scopes: list[str]) -> dict[str, Trained]:
+    """Return every peer at every budget, fine-tuned, by budget, method and scope."""
     teacher = Teacher(peer.task.model)
+    found = {}
+    for key in itertools.product(budgets, methods, scopes):
+        trained = peer.trained(key, teacher)
+        name = " ".join(str(part) for part in key)
+        if trained is None:
+            print(f"{name}: not reached at a pruning ratio of {_MOST}", flush=True)
+        else:
+            found[name] = trained
+    return found
 
-    def tune(model: nn.Module) -> None:
-        finetune(model.requires_grad_(True), teacher, {}, peer.task.data, FinetuneRecipe(), seed=0)
 
-    with side_by_side() as pool:
-        list(pool.map(tune, models.values()))
+def entries_of(peer: Peer, trained: dict[str, Trained]) -> list[Entry]:
+    """Return every peer in its fastest form."""
     entries = []
-    for (budget, method, scope), model in models.items():
-        form, run = peer.fastest(model.requires_grad_(False))
-        entries.append(Entry(f"{method} {scope}", budget, model, run, form, _compression(peer.task.model, model)))
+    for key, one in trained.items():
+        form, run = peer.fastest(one.model)
+        budget, _, name = key.partition(" ")
+        compression = _compression(peer.task.model, one.model)
+        entries.append(Entry(name, int(budget), run, form, compression, one.validation, one.test))
     return entries
+
+
+def _keep(model: nn.Module, path: Path) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, path)
 
 
 def ours(task: Task, options: argparse.Namespace, budget: int) -> Entry:
@@ -214,8 +277,8 @@ def ours(task: Task, options: argparse.Namespace, budget: int) -> Entry:
     model = copy.deepcopy(task.model)
     load_weights(model, run.weights)
     network = convert(model, Policy.load(run.policy), task.example, threads=options.threads)
-    compression = _compression(task.model, model)
-    return Entry("autoprune", budget, model, lambda: network(task.example), "sparse plan", compression)
+    compression, scores = _compression(task.model, model), _scores(task, model)
+    return Entry("autoprune", budget, lambda: network(task.example), "sparse plan", compression, *scores)
 
 
 def _compression(dense: nn.Module, model: nn.Module) -> float:
@@ -235,14 +298,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="training images of the peers; all by default")
     parser.add_argument("--space", default="cpu-default")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--train-only", action="store_true", help="make and keep the networks, time nothing")
     parser.add_argument("--dry", action="store_true", help="append no rows")
     options = parser.parse_args()
     task = load_task("resnet20", "fashion-mnist")
     if options.images:
         task = replace(task, data=replace(task.data, train=task.data.train.take(options.images)))
+    peer = Peer(task, options.threads, options.seconds, options.runs_dir / "peer")
+    trained = train_peers(peer, options.budgets, options.methods, options.scopes)
     own = [ours(task, options, budget) for budget in options.budgets]
-    peer = Peer(task, options.threads, options.seconds)
-    entries = [*own, *peers(peer, options.budgets, options.methods, options.scopes)]
+    if options.train_only:
+        return
+    entries = [*own, *entries_of(peer, trained)]
     cases = {f"{entry.name} {entry.budget}": entry.run for entry in entries}
     cases["dense"] = peer.dense_run
     with torch.inference_mode():
@@ -250,30 +317,30 @@ def main() -> None:
     rows = []
     for budget in options.budgets:
         at = [entry for entry in entries if entry.budget == budget]
-        scored = [(entry, *_scores(task, entry)) for entry in at]
-        for entry, validation, test in scored:
+        for entry in at:
             case = f"resnet20 fashion-mnist latency={budget}%"
             latency = list(samples[f"{entry.name} {budget}"] / float(np.median(samples["dense"])))
-            for metric, values in (("latency over fastest dense", latency), ("validation accuracy", [validation]),
-                                   ("test accuracy", [test])):
+            for metric, values in (("latency over fastest dense", latency), ("validation accuracy", [entry.validation]),
+                                   ("test accuracy", [entry.test])):
                 rows.append(row(case, f"{entry.name} ({entry.form})", metric, values, baseline=0.0,
                                 compression=entry.compression, threads=options.threads))
             print(f"latency={budget}% {entry.name:20s} {entry.form:12s} measured {np.median(latency):.3f} of "
-                  f"{peer.dense_name}, validation {validation:.4f}, test {test:.4f}", flush=True)
-        best = max((line for line in scored if line[0].name != "autoprune"), key=lambda line: line[1], default=None)
-        mine = next(line for line in scored if line[0].name == "autoprune")
+                  f"{peer.dense_name}, validation {entry.validation:.4f}, test {entry.test:.4f}", flush=True)
+        best = max((entry for entry in at if entry.name != "autoprune"), key=lambda e: e.validation, default=None)
+        mine = next(entry for entry in at if entry.name == "autoprune")
         if best is not None:
-            ahead = "autoprune is ahead" if mine[2] > best[2] else "the peer is ahead" if mine[2] < best[2] else "equal"
-            print(f"latency={budget}%: {ahead}: test {mine[2]:.4f} against {best[2]:.4f} of the best peer, "
-                  f"{best[0].name}", flush=True)
+            ahead = "autoprune is ahead" if mine.test > best.test else "the peer is ahead"
+            print(f"latency={budget}%: {'equal' if mine.test == best.test else ahead}: test {mine.test:.4f} against "
+                  f"{best.test:.4f} of the best peer, {best.name}", flush=True)
     if not options.dry:
         append_rows(RESULTS / "peer.csv", rows)
 
 
-def _scores(task: Task, entry: Entry) -> tuple[float, float]:
+def _scores(task: Task, model: nn.Module) -> tuple[float, float]:
     """Return accuracy on validation and test data."""
     splits = (task.data.validation, task.data.test)
-    return tuple(accuracy(entry.model, task.data.normalize(s.images), s.labels) for s in splits)  # type: ignore[return-value]
+    validation, test = (accuracy(model, task.data.normalize(part.images), part.labels) for part in splits)
+    return validation, test
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ accuracy after fine-tuning is noise. The folded copy runs without BatchNorm, in 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.core.errors import ModelError
+from autoprune.envs.overwriting import overwriting
 from autoprune.kernels.plan_norms import is_plain_norm
 from autoprune.tasks.outputs import main_output
 from autoprune.tasks.precision import native_dtype
@@ -29,7 +31,8 @@ class StitchedNetwork:
         model: Dense network; left as it is.
         calibration: Normalised images ``(N, C, H, W)`` float32 for BatchNorm statistics.
 
-    Both copies live on the model's device; logits come back to the CPU.
+    Both copies live on the model's device; logits come back to the CPU. ``fast`` runs the folded copy's layers with
+    activations in place.
     """
 
     def __init__(self, model: nn.Module, calibration: Tensor) -> None:
@@ -49,6 +52,8 @@ class StitchedNetwork:
             parent, _, child = norm.rpartition(".")
             setattr(self.folded.get_submodule(parent), child, nn.Identity())
         self.folded.to(self._native)
+        self.fast = self._checked(overwriting(self.folded))
+        self._recalibrator = Recalibrator(self.model)
         self._dense = {name: module.weight.clone() for name, module in _weighted(self.model)}
         self._dense_norms = {
             name: tuple(tensor.clone() for tensor in _statistics(self.model, name)) for name in self._norms.values()
@@ -70,6 +75,13 @@ class StitchedNetwork:
             got = main_output(trial(self._calibration[:1]))
         return float((got - want).abs().max()) <= 1e-3 * float(want.abs().max())
 
+    def _checked(self, fast: nn.Module) -> nn.Module:
+        """Return ``fast`` if it gives what the folded copy gives, which a trace of a forward with branches may not."""
+        image = self.to_native(self._calibration[:1])
+        with torch.inference_mode():
+            same = torch.equal(main_output(fast(image)), main_output(self.folded(image)))
+        return fast if same else self.folded
+
     def dense_weight(self, layer: str) -> Tensor:
         """Return the dense weight of a layer."""
         return self._dense[layer]
@@ -84,7 +96,7 @@ class StitchedNetwork:
 
     def recalibrate(self) -> None:
         """Set BatchNorm statistics to those of the calibration images under the present weights."""
-        recalibrate(self.model, self._calibration, self._native)
+        self._recalibrator.run(self._calibration, self._native)
 
     def fold(self, only: str | None = None) -> None:
         """Bring the folded copy up to date, or one layer of it."""
@@ -135,7 +147,7 @@ class StitchedNetwork:
 
         def run(part: Tensor) -> Tensor:
             with torch.inference_mode():
-                return main_output(self.folded(part)).float().cpu()
+                return main_output(self.fast(part)).float().cpu()
 
         with side_by_side() as pool:
             return torch.cat(list(pool.map(run, torch.split(self.to_native(images), BATCH))))
@@ -160,26 +172,68 @@ def folded(
     return new_weight.to(weight.dtype), (bias.double() * scale + shift).to(weight.dtype)
 
 
+class Recalibrator:
+    """Sets BatchNorm statistics of one network, whose weights may be exchanged meanwhile.
+
+    Args:
+        model: In eval mode.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._norms = _norms(model)
+        twin = overwriting(model)
+        if twin is model:  # another tree of the same tensors
+            twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+        own = {id(_running(norm)[0]): norm for norm in self._norms}
+        self._seen: dict[nn.Module, _BatchStatistics] = {}
+        for name, module in list(twin.named_modules(remove_duplicate=False)):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                norm = own[id(module.running_mean)]
+                twin.set_submodule(name, self._seen.setdefault(norm, _BatchStatistics(norm)))
+        self._twin = twin
+
+    def run(self, images: Tensor, precision: torch.dtype = torch.float32, batch: int = BATCH) -> None:
+        """Set every BatchNorm's statistics to the mean over batches of ``images``; all else stays as it is."""
+        half = precision == torch.bfloat16
+
+        def measure(part: Tensor) -> list[tuple[Tensor, Tensor]]:
+            with torch.inference_mode(), torch.autocast(part.device.type, torch.bfloat16, enabled=half):
+                self._twin(part)
+            return [self._seen[norm].take() if norm in self._seen else _running(norm) for norm in self._norms]
+
+        with side_by_side() as pool:
+            measured = list(pool.map(measure, torch.split(images, batch)))
+        for norm, batches in zip(self._norms, zip(*measured, strict=True), strict=True):
+            for target, values in zip(_running(norm), zip(*batches, strict=True), strict=True):
+                target.copy_(torch.stack(values).mean(0))
+
+
+class _BatchStatistics(nn.Module):
+    """A BatchNorm that normalises by its batch, and keeps that batch's statistics for the thread that ran it."""
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self._norm = norm
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self._norm
+        mean, variance = (torch.zeros_like(tensor) for tensor in _running(norm))
+        self._found[threading.get_ident()] = (mean, variance)
+        # Momentum 1: the statistics of this batch alone.
+        return nn.functional.batch_norm(x, mean, variance, norm.weight, norm.bias, True, 1.0, norm.eps)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of this thread's last batch; the running ones if it did not pass by."""
+        return self._found.pop(threading.get_ident(), _running(self._norm))
+
+
 def recalibrate(model: nn.Module, images: Tensor, precision: torch.dtype = torch.float32, batch: int = BATCH) -> None:
     """Set every BatchNorm's statistics to the mean over batches of ``images``; all else stays as it is."""
-
-    half = precision == torch.bfloat16
-
-    def measure(part: Tensor) -> list[tuple[Tensor, Tensor]]:
-        own = copy.deepcopy(model).eval()
-        norms = _norms(own)
-        for norm in norms:
-            norm.momentum = 1.0  # the last batch alone
-            norm.train()
-        with torch.no_grad(), torch.autocast(part.device.type, torch.bfloat16, enabled=half):
-            own(part)
-        return [_running(norm) for norm in norms]
-
-    with side_by_side() as pool:
-        measured = list(pool.map(measure, torch.split(images, batch)))
-    for norm, batches in zip(_norms(model), zip(*measured, strict=True), strict=True):
-        for target, values in zip(_running(norm), zip(*batches, strict=True), strict=True):
-            target.copy_(torch.stack(values).mean(0))
+    modes = {module: module.training for module in model.modules()}
+    Recalibrator(model.eval()).run(images, precision, batch)
+    for module, training in modes.items():
+        module.training = training
 
 
 @contextmanager

@@ -46,7 +46,8 @@ class PrefixCache:
         self._starts: dict[str, int] = {}
         self._calls: dict[str, int] = {}
         try:
-            self._module = fx.symbolic_trace(model)
+            # A graph is taken as it is: tracing it again would look into its functions.
+            self._module = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
         except Exception:  # whatever a forward does that cannot be traced
             return
         self._nodes = list(self._module.graph.nodes)
@@ -71,7 +72,7 @@ class PrefixCache:
             if layer not in self._starts:
                 return torch.cat([main_output(self._model(part)).float() for part in self._parts])
             start = self._starts[layer]
-            runs = [self._run(dict(self._seek(cursor, start)), start) for cursor in self._cursors]
+            runs = [self._run(_copied(self._seek(cursor, start)), start) for cursor in self._cursors]
             return torch.cat([logits.float() for logits in runs])
 
     def branches(self, layer: str, part: int, changed: Sequence[Parameters]) -> list[Tensor] | None:
@@ -94,6 +95,7 @@ class PrefixCache:
             if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
                 return None
             x = values[node.args[0]]
+            # What passes by is copied into one batch, so that the run behind it may write into its maps.
             passing = {other: value for other, value in values.items() if self._last_use[other] > start}
             if not all(isinstance(v, Tensor) and v.dim() > 0 and len(v) == images for v in (x, *passing.values())):
                 return None
@@ -135,3 +137,8 @@ class PrefixCache:
                 if self._last_use[used] == index:
                     del runner.env[used]
         raise AssertionError("a graph ends with its output")
+
+
+def _copied(values: dict[fx.Node, object]) -> dict[fx.Node, object]:
+    """Return values that a network which writes into its maps may be run on, the originals staying as they are."""
+    return {node: value.clone() if isinstance(value, Tensor) else value for node, value in values.items()}

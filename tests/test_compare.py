@@ -145,11 +145,11 @@ def test_every_flag_reaches_the_comparison(
     monkeypatch.setattr("autoprune.search.compare.run_comparison", run)
     argv = ["compare", "--agents", "good, far", "--budgets", "latency=50%,latency=25%+size=1MB", "--seeds", "5"]
     argv += ["--evaluations", "7", "--no-fine-tune", "--model", "m", "--data", "d", "--space", "s", "--batch", "2"]
-    argv += ["--threads", "3", "--run", "mine", "--runs-dir", str(tmp_path)]
+    argv += ["--threads", "3", "--run", "mine", "--images", "50", "--runs-dir", str(tmp_path)]
     assert cli(argv) == 0
     assert asked[0] == CompareConfig(
         budgets=("latency=50%", "latency=25%,size=1MB"), agents=("good", "far"), seeds=5, evaluations=7, finetune=False,
-        model="m", data="d", space="s", batch=2, threads=3, run="mine", runs_dir=tmp_path,
+        model="m", data="d", space="s", batch=2, threads=3, run="mine", runs_dir=tmp_path, images=50,
     )  # fmt: skip
     out = capsys.readouterr().out
     assert "good finds the least error" in out
@@ -204,13 +204,24 @@ def test_a_killed_comparison_goes_on_to_the_same_and_can_be_widened(task: Task, 
     )  # fmt: skip
     with quick_measurements():
         with pytest.raises(_Killed):
-            run_comparison(config, _KillAfter(2), task)
+            run_comparison(config, _KillAfter(4), task)
         kept = {path: path.stat().st_mtime_ns for path in (config.runs_dir / "one" / "cells").iterdir()}
         assert len(kept) == 3
-        found = run_comparison(config, Silent(), task)
-        assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+        told: list[Cell] = []
+        found = run_comparison(config, Silent(), task, done=told.append)
+        finished = {path: time for path, time in kept.items() if "-s0" in path.name}
+        assert len(finished) == 2
+        assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+        steps = [(one.agent, one.seed, one.top[0].tuned is not None) for one in told]
+        assert steps == [("random", 1, False), ("knapsack", 1, True), ("random", 1, True)]
+        elsewhere = run_comparison(replace(config, run="three"), Silent(), task, known=found.cells, done=told.append)
+        assert elsewhere.cells == found.cells
+        assert len(told) == 3
+        assert not (config.runs_dir / "three" / "cells").exists()
         fresh = run_comparison(replace(config, run="two"), Silent(), task)
         wider = run_comparison(replace(config, agents=("uniform", "random"), seeds=1), Silent(), task)
+        scored = run_comparison(replace(config, run="four", seeds=1, finetune=False), Silent(), task)
+        trained = run_comparison(replace(config, run="four", seeds=1), Silent(), task)
         with pytest.raises(InfeasibleBudget):
             run_comparison(replace(config, budgets=("params=0.1%",)), Silent(), task)
         with pytest.raises(RunError, match="another configuration"):
@@ -218,6 +229,11 @@ def test_a_killed_comparison_goes_on_to_the_same_and_can_be_widened(task: Task, 
     assert [_result(cell) for cell in found.cells] == [_result(cell) for cell in fresh.cells]
     assert [(c.agent, c.seed) for c in wider.cells] == [("uniform", 0), ("random", 0)]
     assert wider.cells[1] == found.at(BUDGET, "random")[0]
+    for more in ("images", "evaluations"):
+        other = replace(config, **{more: 3})  # type: ignore[arg-type]
+        assert other.identity != config.identity
+    assert all(p.tuned is None for cell in scored.cells for p in cell.top)
+    assert [_result(cell) for cell in trained.cells] == [_result(cell) for cell in found.cells if cell.seed == 0]
     for one in found.cells:
         assert 0 < len(one.curve) <= 4
         assert one.curve == sorted(one.curve, reverse=True)  # type: ignore[type-var]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from autoprune.core.choices import Block, Dense, Fine, Pattern
+from autoprune.core.choices import Block, Choice, Dense, Fine, Pattern, parse_choice
 from autoprune.envs.database import LayerDatabase, build_database, measure_moments
 from autoprune.envs.evaluator import Evaluator, divergence, divergences, telling_images
-from autoprune.envs.network import StitchedNetwork, norm_of_each_conv, recalibrate
+from autoprune.envs.network import BATCH, StitchedNetwork, norm_of_each_conv, recalibrate
 from autoprune.envs.prefix import PrefixCache
 from autoprune.envs.store import DatabaseStore
+from autoprune.search.setup import RECALIBRATION_IMAGES
 from autoprune.search_spaces.trace import trace
 from autoprune.tasks.metrics import evaluate_logits, top1
+from autoprune.tasks.precision import native_dtype
 from autoprune.tasks.task import Task, load_task
 
 
@@ -248,13 +251,11 @@ def test_few_telling_images_estimate_the_error_better_than_the_first_ones() -> N
 
 
 @pytest.mark.parametrize("count", [4, 96, 999])
-def test_telling_images_are_distinct_and_each_quarter_is_a_sample_of_its_own(count: int) -> None:
+def test_telling_images_are_distinct(count: int) -> None:
     dense, _ = _disturbed_logits(1)
     drawn, scales = telling_images(dense, count)
     assert len(drawn) == len(scales) == count
     assert len(set(drawn.tolist())) == count
-    quarter = drawn[: max(1, count // 4)]
-    assert count == 4 or int(quarter.max() - quarter.min()) > 800
 
 
 def test_all_images_are_taken_as_they_are() -> None:
@@ -262,3 +263,66 @@ def test_all_images_are_taken_as_they_are() -> None:
     drawn, scales = telling_images(dense, 1_000)
     assert drawn.tolist() == list(range(1_000))
     assert float((divergences(dense, found) * scales).mean()) == pytest.approx(divergence(dense, found))
+
+
+def test_one_evaluation_costs_little_more_than_a_forward_of_the_same_images(
+    task: Task, database: LayerDatabase
+) -> None:
+    """The bar is 1.2 on a quiet core (``benchmarks/evaluation.py``); this machine may be busy."""
+    data = task.data
+    scored = data.validation.take(500)
+    images = data.normalize(scored.images)
+    network = StitchedNetwork(task.model, data.normalize(data.train.images[: RECALIBRATION_IMAGES // 2]))
+    evaluator = Evaluator(network, database, images, scored.labels)
+    plain = copy.deepcopy(task.model).to(native_dtype(), memory_format=torch.channels_last)
+    parts = torch.split(network.to_native(images), BATCH)
+    policy = {layer: Fine(0.25) for layer, _ in database.weights}
+    seconds: dict[str, list[float]] = {"plain": [], "evaluation": []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            started = time.process_time()
+            with torch.inference_mode():
+                for part in parts:
+                    plain(part)
+            seconds["plain"].append(time.process_time() - started)
+            started = time.process_time()
+            evaluator.quality(policy)
+            seconds["evaluation"].append(time.process_time() - started)
+    finally:
+        torch.set_num_threads(threads)
+    assert min(seconds["evaluation"]) < 1.6 * min(seconds["plain"])
+
+
+def test_single_layer_errors_run_each_choice_on_the_drawn_images_once(
+    task: Task, database: LayerDatabase, options: dict, calibration: torch.Tensor, images: torch.Tensor
+) -> None:
+    network = StitchedNetwork(task.model, calibration)
+    evaluator = Evaluator(network, database, images, task.data.validation.labels[:250])
+    passed: list[int] = []
+    first: list[int] = []
+    network.folded.fc.register_forward_hook(lambda module, inputs, output: passed.append(len(inputs[0])))  # type: ignore[union-attr]
+    network.folded.conv1.register_forward_hook(lambda module, inputs, output: first.append(len(inputs[0])))  # type: ignore[union-attr]
+    evaluator.single_errors(options, 20)
+    assert sum(passed) == 20 * sum(len(choices) - 1 for choices in options.values())
+    assert sum(first) <= 20 * torch.get_num_threads()
+
+
+def test_scores_on_drawn_images_estimate_those_on_all(
+    task: Task, database: LayerDatabase, calibration: torch.Tensor, images: torch.Tensor
+) -> None:
+    labels = task.data.validation.labels[:250]
+    network = StitchedNetwork(task.model, calibration)
+    whole, drawn = (Evaluator(network, database, images, labels, count) for count in (None, 125))
+    policies = [{layer: choice} for layer, choice in _pruned_pairs(database)]
+    want = [whole.quality(policy) for policy in policies]
+    got = [drawn.quality(policy) for policy in policies]
+    assert np.corrcoef([np.log(q.error) for q in want], [np.log(q.error) for q in got])[0, 1] > 0.95
+    assert max(abs(w.accuracy - g.accuracy) for w, g in zip(want, got, strict=True)) < 0.05
+    all_of_them = Evaluator(network, database, images, labels, 250)
+    assert all_of_them.quality(policies[0]).error == want[0].error
+
+
+def _pruned_pairs(database: LayerDatabase) -> list[tuple[str, Choice]]:
+    return [(layer, parse_choice(text)) for layer, text in database.weights]

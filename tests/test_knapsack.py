@@ -13,8 +13,9 @@ from synthetic import make_problem
 
 from autoprune.core.errors import InfeasibleBudget
 from autoprune.search.dp_tables import bucket_table, reduced
-from autoprune.search.knapsack import pareto, solve, solve_front, solve_problem
+from autoprune.search.knapsack import KnapsackSearcher, pareto, solve, solve_front, solve_problem
 from autoprune.search.moves import Moves, useful_choices
+from autoprune.search.study import Study
 
 # Whole numbers: their sums are exact, so that the comparison with brute force needs no tolerance.
 _VALUES = st.integers(0, 30).map(float)
@@ -143,6 +144,13 @@ def test_fifty_layers_take_at_most_50_ms_of_a_core() -> None:
         solve(errors, costs, budget, buckets=10_000)
         seconds.append(time.process_time() - start)
     assert min(seconds) <= 0.05
+
+
+def test_a_whole_search_takes_at_most_a_second_of_a_core() -> None:
+    problem = make_problem(layers=50)
+    start = time.process_time()
+    KnapsackSearcher().search(problem, Study(problem), 1, 0)
+    assert time.process_time() - start <= 1.0
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -22,6 +22,9 @@ def compare(
     ] = "latency=50%,latency=33%,latency=25%",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, … of every searcher.")] = 3,
     evaluations: Annotated[int, typer.Option(min=1, help="Policies that every searcher may evaluate.")] = 100,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images that score a policy, the most telling ones.", show_default="1000")
+    ] = None,
     fine_tune: Annotated[
         bool, typer.Option("--fine-tune/--no-fine-tune", help="Fine-tune the best three policies of every search.")
     ] = True,
@@ -56,6 +59,7 @@ def compare(
         agents=tuple(_parts(agents or "")),
         seeds=seeds,
         evaluations=evaluations,
+        images=images,
         finetune=fine_tune,
         model=with_args(model, model_args),
         weights=weights,

@@ -48,6 +48,11 @@ class Cell(BaseModel):
     top: list[RankedPolicy]
 
     @staticmethod
+    def empty(agent: str, budget: str, seed: int) -> Cell:
+        """Return a cell of which nothing is done."""
+        return Cell(agent=agent, budget=budget, seed=seed, curve=[], seconds=0.0, scoring_seconds=0.0, top=[])
+
+    @staticmethod
     def label(agent: str, budget: str, seed: int) -> str:
         """Return the name of a cell's file."""
         return f"{budget.replace(',', '+').replace('/', '-')}-{agent}-s{seed}"

@@ -1,7 +1,8 @@
 """Agents against each other: same problem, same evaluator, same number of evaluations, several seeds.
 
-Every finished cell (agent, budget, seed) is a file of the run; a comparison that was killed, or is asked again with
-more agents, budgets or seeds, only makes the cells that are absent.
+Every cell (agent, budget, seed) is a file of the run, written when its search is done and again when its best policies
+are fine-tuned; a comparison that was killed, or is asked again with more agents, budgets or seeds, or with a fine-tune,
+only does what is absent. All searches of a seed come first, then its fine-tunes, then the next seed.
 
 Scores are shared: a policy that two agents propose is scored once, and its time is charged to both.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class CompareConfig:
         agents: Names; empty for all.
         seeds: Seeds 0, 1, … of every agent.
         evaluations: Distinct policies granted to every agent.
+        images: Evaluation images that policies are scored on, the most telling ones drawn more often; None for all.
         finetune: Fine-tune the best three policies of every cell.
         model, weights, data, data_dir, space, table, batch, threads, device, runs_dir: As of a search.
         run: Name of the run's folder; None derives it.
@@ -80,6 +82,7 @@ class CompareConfig:
     runs_dir: Path = Path("runs")
     fresh: bool = False
     weights: Path | None = None
+    images: int | None = None
 
     @property
     def name(self) -> str:
@@ -98,18 +101,27 @@ class CompareConfig:
             "batch": self.batch,
             "threads": self.threads,
             "evaluations": self.evaluations,
-            "finetune": self.finetune,
             **({} if self.weights is None else {"weights": str(self.weights)}),
+            **({} if self.images is None else {"images": self.images}),
         }
 
 
-def run_comparison(config: CompareConfig, progress: Progress, task: Task | None = None) -> Comparison:
+def run_comparison(
+    config: CompareConfig,
+    progress: Progress,
+    task: Task | None = None,
+    *,
+    known: Iterable[Cell] = (),
+    done: Callable[[Cell], None] = lambda cell: None,
+) -> Comparison:
     """Make the cells that are absent and return all that were asked for.
 
     Args:
         config: What is compared.
         progress: Told of stages and cells.
         task: Model and data; None loads those that ``config`` names.
+        known: Cells kept elsewhere; taken as they are.
+        done: Told of each cell that this call searched or fine-tuned.
     Raises:
         AutopruneError: A name is unknown, a number out of range, a budget infeasible, or the run is of another problem.
     """
@@ -128,12 +140,17 @@ def run_comparison(config: CompareConfig, progress: Progress, task: Task | None 
     )
     arena = _Arena(config, task, progress)
     problems = {text: arena.problem(text) for text in budgets}  # an infeasible one is refused before the work begins
-    cells = []
-    keys = list(itertools.product(problems, range(config.seeds), agents))
-    progress.stage("comparison", len(keys))
-    for budget, seed, agent in keys:
-        cells.append(arena.cell(agent, budget, seed))
+    cells = {Cell.label(cell.agent, cell.budget, cell.seed): cell for cell in known}
+    passes = (arena.searched, arena.tuned) if config.finetune else (arena.searched,)
+    progress.stage("comparison", len(passes) * len(problems) * len(agents) * config.seeds)
+    for seed, work, budget, agent in itertools.product(range(config.seeds), passes, problems, agents):
+        label = Cell.label(agent, budget, seed)
+        before = cells.get(label) or arena.kept(label)
+        cells[label] = after = work(before or Cell.empty(agent, budget, seed))
+        if after != before:
+            done(after)
         progress.advance()
+    labels = [Cell.label(*key) for key in itertools.product(agents, problems, range(config.seeds))]
     comparison = Comparison(
         model=config.model,
         data=config.data,
@@ -144,7 +161,7 @@ def run_comparison(config: CompareConfig, progress: Progress, task: Task | None 
         evaluations=config.evaluations,
         finetuned=config.finetune,
         dense_accuracy=arena.dense_accuracy(),
-        cells=sorted(cells, key=lambda cell: (list(problems).index(cell.budget), agents.index(cell.agent), cell.seed)),
+        cells=sorted((cells[label] for label in labels), key=lambda cell: list(problems).index(cell.budget)),
         context={**table_facts(arena.deployer.table), **package_versions()},
         run=config.name,
     )
@@ -185,7 +202,7 @@ class _Arena:
         )  # fmt: skip
         subject = Subject(task, self.layers, space, self.run, cache, groups)
         self.deployer: Deployer = open_latency(subject, search, progress)
-        scored = worthwhile(score_choices(task, space, cache, progress, groups), self.deployer.table)
+        scored = worthwhile(score_choices(task, space, cache, progress, groups, config.images), self.deployer.table)
         self._scores = _SharedScores(scored.evaluator)
         self._scored: Scored = replace(scored, evaluator=self._scores)
         self._tuned: dict[tuple[tuple[str, str], ...], float] = {}
@@ -200,19 +217,29 @@ class _Arena:
         """Return the dense network's accuracy on the validation images."""
         return self._accuracy(self.task.model)
 
-    def cell(self, agent: str, budget: str, seed: int) -> Cell:
-        """Return a cell, from its file if an earlier session finished it."""
-        path = self.run.cell(Cell.label(agent, budget, seed))
-        cell = Cell.load(path)
-        if cell is None:
-            cell = self._search(agent, budget, seed)
-            if self.config.finetune:
-                cell = cell.model_copy(update={"top": self._tune(cell.top)})
-            cell.save(path)
+    def kept(self, label: str) -> Cell | None:
+        """Return a cell that an earlier session made, at least its search."""
+        return Cell.load(self.run.cell(label))
+
+    def searched(self, cell: Cell) -> Cell:
+        """Return the cell with its search done."""
+        if not cell.curve:
+            cell = self._search(cell.agent, cell.budget, cell.seed)
+            self._keep(cell)
+        return cell
+
+    def tuned(self, cell: Cell) -> Cell:
+        """Return the cell with its best policies fine-tuned."""
+        if any(policy.tuned is None for policy in cell.top):
+            cell = cell.model_copy(update={"top": self._tune(cell.top)})
+            self._keep(cell)
         for policy in cell.top:
             if policy.tuned is not None:
                 self._tuned.setdefault(_key(policy), policy.tuned)
         return cell
+
+    def _keep(self, cell: Cell) -> None:
+        cell.save(self.run.cell(Cell.label(cell.agent, cell.budget, cell.seed)))
 
     def _search(self, agent: str, budget: str, seed: int) -> Cell:
         problem = self.problem(budget)

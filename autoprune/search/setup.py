@@ -37,9 +37,11 @@ from autoprune.tasks.task import Task
 from autoprune.trainers.finetune import FinetuneRecipe
 
 CALIBRATION_IMAGES = 500
+# Of a policy that is only scored: one batch orders policies as well as more do.
+RECALIBRATION_IMAGES = 125
 MOMENT_IMAGES = 1_000
 EVALUATION_IMAGES = 1_000
-SINGLE_LAYER_IMAGES = 160
+SINGLE_LAYER_IMAGES = 48
 _WORDS = {"latency": "us", "macs": " MACs", "params": " weights", "size": " bytes", "memory": " bytes"}
 
 
@@ -71,7 +73,12 @@ class Scored:
 
 
 def score_choices(
-    task: Task, space: SearchSpace, cache: Cache, progress: Progress, groups: ChannelGroups | None = None
+    task: Task,
+    space: SearchSpace,
+    cache: Cache,
+    progress: Progress,
+    groups: ChannelGroups | None = None,
+    images_drawn: int | None = None,
 ) -> Scored:
     """Return the database and single-layer errors of a space, from the cache where an earlier run made them.
 
@@ -81,6 +88,7 @@ def score_choices(
         cache: Of the folder of runs.
         progress: Told of the stage.
         groups: Channel groups of the network, where channels are searched.
+        images_drawn: Of the evaluation images, to score policies on; None takes all.
     """
     data, device = task.data, compute_device()
     options = {layer: space.choices[layer.name] for layer in space.searched}
@@ -92,9 +100,9 @@ def score_choices(
     store = DatabaseStore(cache.database(key))
     channels = None if groups is None or not groups.leaders else Channelled(groups, space.layers)
     database = build_database(model, options, images, progress.advance, store, channels)
-    network = StitchedNetwork(model, data.normalize(data.train.images[:CALIBRATION_IMAGES]))
+    network = StitchedNetwork(model, data.normalize(data.train.images[:RECALIBRATION_IMAGES]))
     scored, _ = data.judges(EVALUATION_IMAGES)
-    evaluator = Evaluator(network, database, data.normalize(scored.images), scored.labels)
+    evaluator = Evaluator(network, database, data.normalize(scored.images), scored.labels, images_drawn)
     errors = _single_errors(evaluator, options, _errors_key(key, task, options), cache, progress)
     return Scored(options, database, evaluator, errors, space.coupling)
 
@@ -318,7 +326,7 @@ def _errors_key(database: str, task: Task, options: Mapping[LayerSpec, Sequence[
     digest = hashlib.sha256(database.encode())
     for layer, choices in options.items():
         digest.update(f"{layer.name} {layer.signature} {[choice.text for choice in choices]}".encode())
-    digest.update(task.data.train.images[:CALIBRATION_IMAGES].numpy().tobytes())
+    digest.update(task.data.train.images[:RECALIBRATION_IMAGES].numpy().tobytes())
     searched, _ = task.data.judges(EVALUATION_IMAGES)
     digest.update(searched.digest().encode())
     digest.update(searched.labels.numpy().tobytes())
