@@ -25,7 +25,7 @@ from model_stages import COLUMNS, build, outcomes
 
 FILE = RESULTS / "models.csv"
 HEADER = ("model", "parameters", *COLUMNS, "seconds", "versions", "date", "command")
-LIMIT_S = 600
+LIMIT_S = 1800
 
 
 def main() -> None:
