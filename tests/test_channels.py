@@ -345,7 +345,7 @@ def test_a_converted_network_is_the_smaller_one_and_says_so() -> None:
     assert difference(outputs(model, x), [deployed(x)]) <= 1e-5
     shown = {layer: (choice, kernel, why) for layer, choice, kernel, why in deployed.explain()}
     assert shown["b"][:2] == ("channels(keep=0.3333333333333333)", "dense")
-    assert shown["b"][2].startswith("8 filters are left of it")
+    assert shown["b"][2] == "the 8 filters left of it run dense"
     weights = sum(value.numel() for name, value in deployed.named_buffers() if name.endswith("weight"))
     assert weights == 3 * 8 * 9 + 8 * 8 * 9 * 2 + 8 * 5
 
