@@ -91,6 +91,8 @@ def space(subject: Subject) -> str:
     subject.space = load_space("mixed", subject.layers)
     draw = random.Random(0)
     options = {layer.name: subject.space.choices[layer.name] for layer in subject.space.searched}
+    if not options:
+        raise ValueError("no layer is searched: " + "; ".join(sorted({x.fixed for x in subject.layers if x.fixed})))
     subject.choices = {
         name: draw.choice([choice for choice in found if choice != Dense() and not isinstance(choice, Channels)])
         for name, found in options.items()

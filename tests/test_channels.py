@@ -415,3 +415,21 @@ def test_the_hidden_widths_of_a_transformer_leave_and_its_heads_are_refused_by_n
     torch._dynamo.reset()
     compiled = torch.compile(deployed, backend="aot_eager")
     assert difference(outputs(model, x), [compiled(x)]) <= 1e-5
+
+
+class _Keeping(nn.Module):
+    """Keeps what it computed of a parameter, as LeViT does with its biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.bias = nn.Linear(8, 16), nn.Linear(16, 4), nn.Parameter(torch.ones(2, 4))
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept["bias"] = self.bias.sum(0)
+        out: Tensor = self.b(F.relu(self.a(x))) + self.kept["bias"]
+        return out
+
+
+def test_a_model_that_keeps_tensors_of_its_last_run_has_groups() -> None:
+    assert set(channel_groups(_Keeping(), torch.randn(2, 8)).coupling.groups) == {"a"}

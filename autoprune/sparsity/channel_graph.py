@@ -36,9 +36,11 @@ def channel_groups(model: nn.Module, example: object, *, probe: bool = True) -> 
             a group may be wrong where the graph is; compare outputs yourself.
     """
     with torch.random.fork_rng(devices=[]):
-        finder = _Finder(copy.deepcopy(model).cpu().double().eval().requires_grad_(True), _double(example))
+        double = copy.deepcopy(model).cpu().double().eval().requires_grad_(True)
+        # The graph runs its model with gradients; what a model then keeps of that run, LeViT's biases, has no copy.
+        finder = _Finder(copy.deepcopy(double), _double(example))
         groups = finder.groups()
-        return tried(finder.model, finder.example, groups) if probe else groups
+        return tried(double, finder.example, groups) if probe else groups
 
 
 def _double(example: object) -> tuple[object, ...]:
