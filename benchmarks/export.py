@@ -76,7 +76,7 @@ def main() -> None:
             )
             if options.csv is not None:
                 labels = Labels(
-                    f"{name} {options.size}", f"channels(keep={keep:g})", compression, today(), command()
+                    f"{name} {options.size}", f"channels(keep={keep:g})", round(compression, 3), today(), command()
                 )
                 append_rows(options.csv, rows(found, labels))
 

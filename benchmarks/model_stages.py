@@ -91,6 +91,8 @@ def space(subject: Subject) -> str:
     subject.space = load_space("mixed", subject.layers)
     draw = random.Random(0)
     options = {layer.name: subject.space.choices[layer.name] for layer in subject.space.searched}
+    if not options:
+        raise ValueError("no layer is searched: " + "; ".join(sorted({x.fixed for x in subject.layers if x.fixed})))
     subject.choices = {
         name: draw.choice([choice for choice in found if choice != Dense() and not isinstance(choice, Channels)])
         for name, found in options.items()
@@ -158,14 +160,18 @@ def channels(subject: Subject) -> str:
     from autoprune.sparsity.compact import compact, mask_by_policy
 
     groups = channel_groups(subject.model, subject.example)
+    refused = groups.coupling.refused
     if not groups.leaders:
-        return "no group"
-    chosen: dict[str, Choice] = {leader: Channels(keep=0.5) for leader in groups.leaders}
+        raise ValueError("; ".join(f"{layer}: {reason}" for layer, reason in list(refused.items())[:2]) or "no group")
+    halves = {leader: group.aligned(0.5, 1) for leader, group in groups.coupling.groups.items()}
+    chosen = groups.coupling.expanded(halves)
     masked = copy.deepcopy(subject.model)
     mask_by_policy(masked, chosen, subject.example, groups=groups)
     smaller = compact(masked, chosen, subject.example, groups)
     before, after = (sum(p.numel() for p in model.parameters()) for model in (masked, smaller))
-    return f"{len(groups.leaders)} groups, {after / before:.0%} of the parameters"
+    layer, reason = next(iter(refused.items()), ("", ""))
+    rest = f"; {len(refused)} layers keep theirs, as {layer}: {reason}" if refused else ""
+    return f"{len(groups.leaders)} groups, {after / before:.0%} of the parameters{rest}"
 
 
 def export(subject: Subject) -> str:

@@ -25,6 +25,7 @@ from torch import nn
 import autoprune
 from autoprune.cli.progress import working
 from autoprune.cli.table import print_result
+from autoprune.core.errors import AutopruneError
 from autoprune.core.result import Result
 from autoprune.core.rundir import RunDir, make_folder
 from autoprune.report.html import write_report
@@ -116,7 +117,10 @@ def main() -> None:
     if options.crops:
         found = sorted(path for path in options.photos.rglob("*") if path.suffix.lower() in (".jpg", ".png"))
         cut(found, options.images, options.crops)
-    result = search(options)
+    try:
+        result = search(options)
+    except AutopruneError as error:
+        sys.exit(f"efficientnet.py: {error}")
     run = RunDir(options.runs_dir / options.run)
     print_result(result, {"policy": run.policy, "weights": run.weights, "report": write_report(run)})
 

@@ -119,7 +119,7 @@ def _noted(decision: Decision, channels: Mapping[str, Choice], smaller: nn.Modul
     if choice is None:
         return decision
     filters = len(smaller.get_submodule(decision.layer).weight)  # type: ignore[arg-type]
-    return replace(decision, choice=choice.text, why=f"{filters} filters are left of it: {decision.why}")
+    return replace(decision, choice=choice.text, why=f"the {filters} filters left of it run dense")
 
 
 def check_gpu(device: str) -> None:

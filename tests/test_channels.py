@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import settled
 from torch import Tensor, nn
+from torchvision.models import SwinTransformer
 
 import autoprune
 from autoprune.core.choices import Channels, Choice, Dense
@@ -344,7 +345,7 @@ def test_a_converted_network_is_the_smaller_one_and_says_so() -> None:
     assert difference(outputs(model, x), [deployed(x)]) <= 1e-5
     shown = {layer: (choice, kernel, why) for layer, choice, kernel, why in deployed.explain()}
     assert shown["b"][:2] == ("channels(keep=0.3333333333333333)", "dense")
-    assert shown["b"][2].startswith("8 filters are left of it")
+    assert shown["b"][2] == "the 8 filters left of it run dense"
     weights = sum(value.numel() for name, value in deployed.named_buffers() if name.endswith("weight"))
     assert weights == 3 * 8 * 9 + 8 * 8 * 9 * 2 + 8 * 5
 
@@ -382,3 +383,53 @@ def test_a_network_without_groups_has_no_coupling() -> None:
     coupling = Coupling()
     assert coupling.kept({"a": Dense()}) == {}
     assert coupling.group_of("a") is None
+
+
+def test_the_search_of_the_graph_ends_where_positions_are_rearranged() -> None:
+    torch.manual_seed(0)
+    model = SwinTransformer([4, 4], 8, [1, 1, 1], [1, 1, 1], [2, 2], num_classes=5).eval()
+    groups = channel_groups(model, torch.randn(1, 3, 32, 32))
+    assert set(groups.coupling.groups) == {f"features.{stage}.0.mlp.0" for stage in (1, 3, 5)}
+    assert any("rearranged without end" in reason for reason in groups.coupling.refused.values())
+    # Attention reads the weights of its layers itself: they are no layers that run.
+    layers = {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    named = set(groups.coupling.refused) | set(groups.coupling.groups)
+    assert named == {name for name in layers if ".attn." not in name}
+
+
+def test_the_hidden_widths_of_a_transformer_leave_and_its_heads_are_refused_by_name() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = settled(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5))
+    x = torch.randn(2, 3, 32, 32)
+    groups = channel_groups(model, x)
+    assert set(groups.coupling.groups) == {"blocks.0.mlp.fc1", "blocks.1.mlp.fc1"}
+    assert {"blocks.0.attn.qkv", "blocks.0.attn.proj"} <= set(groups.coupling.refused)
+    choices = groups.coupling.expanded({leader: g.aligned(0.5) for leader, g in groups.coupling.groups.items()})
+    mask_by_policy(model, choices, x, groups=groups)
+    smaller = autoprune.compact(model, choices, x, groups)
+    assert smaller.get_submodule("blocks.0.mlp.fc2").weight.shape == (192, 384)
+    assert difference(outputs(model, x), outputs(smaller, x)) <= 1e-5
+    deployed = convert(model, choices, x, groups=groups)
+    assert difference(outputs(model, x), [deployed(x)]) <= 1e-5
+    torch._dynamo.reset()
+    compiled = torch.compile(deployed, backend="aot_eager")
+    assert difference(outputs(model, x), [compiled(x)]) <= 1e-5
+
+
+class _Keeping(nn.Module):
+    """Keeps what it computed of a parameter, as LeViT does with its biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.bias = nn.Linear(8, 16), nn.Linear(16, 4), nn.Parameter(torch.ones(2, 4))
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept["bias"] = self.bias.sum(0)
+        out: Tensor = self.b(F.relu(self.a(x))) + self.kept["bias"]
+        return out
+
+
+def test_a_model_that_keeps_tensors_of_its_last_run_has_groups() -> None:
+    assert set(channel_groups(_Keeping(), torch.randn(2, 8)).coupling.groups) == {"a"}

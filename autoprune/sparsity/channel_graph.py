@@ -21,10 +21,10 @@ from autoprune.core.coupling import ChannelGroup, Coupling, LayerSides, Share, S
 from autoprune.core.errors import ModelError
 from autoprune.sparsity.channel_trial import tried
 from autoprune.sparsity.channels import ChannelGroups, Layer, Norm, Place, Slot, as_arguments
+from autoprune.sparsity.graph_steps import Steps, bounded
 
 # Position of one side of a module.
 _Node = tuple[str, str, int]
-
 
 def channel_groups(model: nn.Module, example: object, *, probe: bool = True) -> ChannelGroups:
     """Return the channel groups of a model.
@@ -36,9 +36,11 @@ def channel_groups(model: nn.Module, example: object, *, probe: bool = True) -> 
             a group may be wrong where the graph is; compare outputs yourself.
     """
     with torch.random.fork_rng(devices=[]):
-        finder = _Finder(copy.deepcopy(model).cpu().double().eval().requires_grad_(True), _double(example))
+        double = copy.deepcopy(model).cpu().double().eval().requires_grad_(True)
+        # The graph runs its model with gradients; what a model then keeps of that run, LeViT's biases, has no copy.
+        finder = _Finder(copy.deepcopy(double), _double(example))
         groups = finder.groups()
-        return tried(finder.model, finder.example, groups) if probe else groups
+        return tried(double, finder.example, groups) if probe else groups
 
 
 def _double(example: object) -> tuple[object, ...]:
@@ -86,6 +88,7 @@ class _Finder:
     parent: dict[_Node, _Node] = field(default_factory=dict)
     poison: list[tuple[_Node, str]] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    steps: Steps = field(default_factory=Steps)
 
     def __post_init__(self) -> None:
         self.gates: set[nn.Module] = set()
@@ -126,6 +129,8 @@ class _Finder:
                 entrance, example_inputs=list(self.example), verbose=False
             )
             self.gates = set(entrance.gates)
+            widest = max((max(self.modules[name].weight.shape) for name in self.layers), default=0)
+            self.steps = bounded(graph.module2node.values(), widest)
             names = {module: name for name, module in self.modules.items()}
             for name in self.layers:
                 module = self.modules[name]
@@ -155,6 +160,7 @@ class _Finder:
         from torch_pruning import ops, prune_conv_out_channels, prune_linear_out_channels
 
         prune = prune_linear_out_channels if isinstance(module, nn.Linear) else prune_conv_out_channels
+        self.steps.taken = 0
         try:
             group = graph.get_pruning_group(module, prune, list(range(len(module.weight))))  # type: ignore[attr-defined]
         except Exception as error:  # see groups()
@@ -227,12 +233,12 @@ def _execution_order(model: nn.Module, example: tuple[object, ...]) -> list[str]
 
 def _assemble(finder: _Finder) -> ChannelGroups:
     """Gather joined positions into units, and units in the same places into groups."""
-    units: dict[_Node, list[_Node]] = {}
-    for node in finder.parent:
-        units.setdefault(finder.find(node), []).append(node)
     bad: dict[_Node, str] = {}
     for node, reason in finder.poison:
         bad.setdefault(finder.find(node), reason)
+    units: dict[_Node, list[_Node]] = {}
+    for node in list(finder.parent):
+        units.setdefault(finder.find(node), []).append(node)
     classes: dict[frozenset[tuple[str, str, int]], list[list[_Node]]] = {}
     refused = dict(finder.refused)
     for root, nodes in units.items():
