@@ -51,6 +51,22 @@ def test_one_update_per_step_once_the_warm_up_is_over() -> None:
     assert agent_after(7, warm_up=3)._n_updates == 4 * 4
 
 
+def test_the_warm_up_uses_the_budget_up() -> None:
+    problem = make_problem(layers=12)
+    drawn: list[float] = []
+
+    def score(assignment: Assignment) -> Quality:
+        drawn.append(float(problem.costs(assignment)[0]))
+        return problem.evaluate(assignment)
+
+    env = PruningEnv(problem, "log_kl", score)
+    with own_rng():
+        AMCAgent(env, DDPGSettings(), 30, 30, seed=0).learn(30 * 12, log_interval=10**9)
+    assert len(drawn) == 30
+    assert max(drawn) <= problem.limits_D[0]
+    assert np.median(drawn) > 0.9 * problem.limits_D[0]
+
+
 def test_every_transition_is_credited_the_episodes_whole_return() -> None:
     agent = agent_after(6, warm_up=100)
     buffer = agent.replay_buffer
@@ -80,9 +96,10 @@ def test_rewards_are_standardised_by_the_warm_up() -> None:
     agent = agent_after(9, warm_up=8)
     buffer = agent.replay_buffer
     assert buffer is not None
-    warm = buffer.rewards[3:32:4, 0]
-    assert warm.mean() == pytest.approx(0.0, abs=0.3)
-    assert agent.reward_spread > 0.0
+    # With the first episode of the actor, after which the networks are updated for the first time.
+    first = buffer.rewards[3:36:4, 0]
+    assert first.mean() == pytest.approx(0.0, abs=1e-5)
+    assert first.std() == pytest.approx(1.0, abs=1e-4)
     raw = buffer.rewards[3:36:4, 0] * agent.reward_spread + agent.reward_mean
     assert np.isfinite(raw).all()
 

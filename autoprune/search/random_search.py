@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import numpy.typing as npt
 
 from autoprune.envs.problem import Assignment, Problem
 from autoprune.search.base import Account, Searcher
@@ -28,13 +31,21 @@ class RandomSearcher(Searcher):
             known = known + 1 if account.left == before else 0
 
 
-def random_assignment(problem: Problem, rng: np.random.Generator) -> Assignment:
+def random_assignment(
+    problem: Problem, rng: np.random.Generator, rows: Sequence[npt.NDArray[np.int64]] | None = None
+) -> Assignment:
     """Return a random feasible assignment that uses most of the first constraint's budget.
 
     Random choices everywhere; then random layers step down to a random cheaper choice until the budget is met, and
     random layers step up to a random dearer one that fits.
+
+    Args:
+        problem: What is searched.
+        rng: Draws.
+        rows: Choices to draw from, per layer; by default all that are no dearer than dense.
     """
-    candidates = [_no_dearer_than_dense(problem, layer) for layer in range(len(problem.layers))]
+    layers = range(len(problem.layers))
+    candidates = [_no_dearer_than_dense(problem, layer) if rows is None else rows[layer].tolist() for layer in layers]
     current = [int(rng.choice(options)) for options in candidates]
     for _ in range(50 * len(current)):
         if problem.feasible(current):
