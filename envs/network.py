@@ -53,7 +53,7 @@ class StitchedNetwork:
             setattr(self.folded.get_submodule(parent), child, nn.Identity())
         self.folded.to(self._native)
         self.fast = self._checked(overwriting(self.folded))
-        self._recalibrator = Recalibrator(self.model)
+        self._recalibrator = Recalibrator(self.model, traced=True)
         self._dense = {name: module.weight.clone() for name, module in _weighted(self.model)}
         self._dense_norms = {
             name: tuple(tensor.clone() for tensor in _statistics(self.model, name)) for name in self._norms.values()
@@ -177,11 +177,13 @@ class Recalibrator:
 
     Args:
         model: In eval mode.
+        traced: Run a trace that overwrites its maps, which is faster. torch.fx patches every module's call while it
+            traces: no other thread may run a network meanwhile.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, traced: bool) -> None:
         self._norms = _norms(model)
-        twin = overwriting(model)
+        twin = overwriting(model) if traced else model
         if twin is model:  # another tree of the same tensors
             twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
         own = {id(_running(norm)[0]): norm for norm in self._norms}
@@ -231,7 +233,7 @@ class _BatchStatistics(nn.Module):
 def recalibrate(model: nn.Module, images: Tensor, precision: torch.dtype = torch.float32, batch: int = BATCH) -> None:
     """Set every BatchNorm's statistics to the mean over batches of ``images``; all else stays as it is."""
     modes = {module: module.training for module in model.modules()}
-    Recalibrator(model.eval()).run(images, precision, batch)
+    Recalibrator(model.eval(), traced=False).run(images, precision, batch)
     for module, training in modes.items():
         module.training = training
 
