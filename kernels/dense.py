@@ -217,7 +217,11 @@ def to_onnx(model: nn.Module, example: Tensor, *, any_batch: bool = False) -> by
             assert program is not None
             content: bytes = program.model_proto.SerializeToString()
         except Exception as error:
-            first_line = (str(error).splitlines() or [""])[0]
+            # The exporter's own words are several coloured lines of advice; the cause is behind them.
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            first_line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise ModelError(f"the model cannot be exported to ONNX: {first_line[:160]}") from None
     return content
 

@@ -21,7 +21,7 @@ from autoprune.lut.bench import bench
 from autoprune.tasks.data import load_data
 from autoprune.tasks.metrics import accuracy
 from autoprune.tasks.names import ModelName, parse_args, parse_model, split_names, with_args
-from autoprune.tasks.networks import make_network, network_for, untrained
+from autoprune.tasks.networks import make_network, network_for, standalone, untrained
 from autoprune.tasks.task import load_task
 from autoprune.tasks.weights import load_weights
 
@@ -184,3 +184,20 @@ def test_commands_evaluate_a_users_network_with_weights(tmp_path: Path, capsys: 
     error = capsys.readouterr().err
     assert "'0.weight' has shape (8, 1, 3, 3), this model wants (16, 1, 3, 3)" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("torchvision:mobilenet_v2", 'torchvision:mobilenet_v2@1x28x28{"num_classes":4}'),
+        ("timm:resnet18", 'timm:resnet18@1x28x28{"num_classes":4}'),
+        ("resnet20", 'resnet20@1x28x28{"classes":4}'),
+        ("user_networks:small", "user_networks:small@1x28x28"),
+    ],
+)
+def test_a_stored_name_builds_the_network_without_its_data(name: str, full: str) -> None:
+    assert standalone(name, torch.zeros(1, 1, 28, 28), 4) == full
+    model, example = untrained(full, "imagefolder:absent")
+    assert example.shape == (1, 1, 28, 28)
+    with torch.no_grad():
+        assert model(example).shape == (1, 10 if name.startswith("user") else 4)

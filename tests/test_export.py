@@ -135,7 +135,8 @@ def test_what_cannot_be_exported_is_one_line(model: nn.Module, images: Tensor, t
     for write, name in ((export_onnx, "net.onnx"), (export_program, "net.pt2")):
         with pytest.raises(ModelError, match="cannot be exported") as caught:
             write(Unexportable().eval(), images, tmp_path / name)
-        assert "\n" not in str(caught.value)
+        assert str(caught.value).isprintable()
+        assert "data-dependent" in str(caught.value)
         with pytest.raises(ModelError, match="cannot write"):
             write(model, images, tmp_path / "absent" / name)
     assert list(tmp_path.iterdir()) == []

@@ -51,6 +51,7 @@ def apply(
     from autoprune.export.forms import apply_policy, check_same_outputs
     from autoprune.export.report import form_of, size_of
     from autoprune.search_spaces.trace import trace
+    from autoprune.tasks.networks import standalone
     from autoprune.tasks.task import load_task
 
     kind = form_of(form)
@@ -64,7 +65,8 @@ def apply(
         progress.stage("apply")
         applied = apply_policy(task.model, record.choices, kind, task.example)
         texts = {name: choice.text for name, choice in record.choices.items()}
-        save(applied.masked, applied.network, out, form=kind, names=names, policy=texts)
+        rebuilt = standalone(names[0], task.example, task.data.classes), names[1]
+        save(applied.masked, applied.network, out, form=kind, names=rebuilt, policy=texts)
         difference = check_same_outputs(load(out, task.model), applied.masked, _images(task))
     size = size_of(task.model, applied.network, out / WEIGHTS)
     if as_json:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -74,13 +75,28 @@ def untrained(name: str, data: str, seed: int = 0, data_dir: Path | None = None)
     shape, classes = parsed.size, 1000
     if parsed.source in ("torchvision", "timm"):
         shape = shape or _IMAGENET
-    else:
+    elif shape is None or (parsed.source == "built-in" and "classes" not in parsed.args):
         data_set = load_data(data, data_dir)
         channels, height, width = (int(number) for number in data_set.train.images.shape[1:])
         shape, classes = shape or (channels, height, width), data_set.classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make_network(parsed, shape[0], classes).eval(), torch.randn(1, *shape)
+
+
+def standalone(name: str, example: Tensor, classes: int) -> str:
+    """Return a network's name with the size of its images and its classes in it: what builds it without the data.
+
+    Args:
+        name: As in the module's own words.
+        example: One image, (1, C, H, W) float32.
+        classes: Of the data set.
+    """
+    parsed = parse_model(name)
+    channels, height, width = (int(size) for size in example.shape[1:])
+    argument = {"built-in": "classes", "torchvision": "num_classes", "timm": "num_classes"}.get(parsed.source)
+    told = {} if argument is None or parsed.brings_weights else {argument: classes}
+    return replace(parsed, size=(channels, height, width), args={**told, **parsed.args}).text
 
 
 def network_for(name: str, example: Tensor, classes: int) -> nn.Module:
