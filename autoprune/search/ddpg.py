@@ -6,8 +6,9 @@ episode's return for every transition (n-step with n = layers, γ = 1), and rewa
 
 Source: He et al., AMC: AutoML for Model Compression (2018). We depart in the credit (AMC copies the terminal reward
 into every transition and bootstraps on top), in the decoder and its list of choices (see ``PruningEnv``), in the
-networks' first layer (see ``LayerCode``), in the warm-up (see ``_random_rollouts``), and in the noise, which falls over
-the whole search instead of within 30 episodes: what a critic learns from is how episodes differ.
+networks' first layer (see ``LayerCode``), in episodes that use the budget up (the warm-up's are random
+policies of useful choices), and in the noise, which falls over the whole search instead of within 30 episodes: what a
+critic learns from is how episodes differ.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from autoprune.envs.pruning_env import REWARDS, PruningEnv, Reward
 from autoprune.envs.reach import useful_rows
 from autoprune.search.base import Account, Searcher
 from autoprune.search.knapsack import perturbed_solution
-from autoprune.search.random_search import random_assignment
+from autoprune.search.random_search import filled_up, random_assignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +107,11 @@ class AMCAgent(DDPG):
         self.warm_up = warm_up
         self._pruning = env
         draws = np.random.default_rng([seed, 2])
+        self._rows = [row.tolist() for row in useful_rows(env.problem.errors_LC, env.problem.costs_LCD)]
+        self._plan: Assignment = ()
         self._rollouts = [
             *_knapsack_rollouts(env.problem, settings.warm_start, draws),
-            *_random_rollouts(env.problem, warm_up, draws),
+            *(random_assignment(env.problem, draws, self._rows) for _ in range(warm_up)),
         ]
         self.explore = np.random.default_rng([seed, 1])
         self.reward_mean, self.reward_spread = 0.0, 1.0
@@ -186,19 +189,27 @@ class AMCAgent(DDPG):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        if self.num_timesteps < learning_starts:
-            action = self._warm_up_action()
-        else:
-            assert self._last_obs is not None
-            mean, _ = self.predict(self._last_obs, deterministic=True)
-            action = truncated_normal(mean.astype(np.float64), self.noise_sigma, self.explore)
-        executable = action.astype(np.float32)
+        layer = self.num_timesteps % len(self._pruning.problem.layers)
+        if layer == 0:
+            plan = self._episode_num < len(self._rollouts)
+            self._plan = self._rollouts[self._episode_num] if plan else self._acted()
+        executable = self._pruning.action_of(layer, self._plan[layer])[None]
         return executable, self.policy.scale_action(executable)
 
-    def _warm_up_action(self) -> npt.NDArray[np.float64]:
-        """Return the next action of a rollout."""
-        layer = self.num_timesteps % len(self._pruning.problem.layers)
-        return self._pruning.action_of(layer, self._rollouts[self._episode_num][layer])[None].astype(np.float64)
+    def _acted(self) -> Assignment:
+        """Return the policy of the actor's noisy actions, with what it leaves of the budget given to random layers.
+
+        An actor learns late how much it may spend: at half of the latency it left a third unused in every episode, and
+        no more than ten of random policies that use theirs up were enough to beat it.
+        """
+        env = PruningEnv(self._pruning.problem, evaluate=lambda _: Quality(0.0, 0.0, 0.0))
+        observation, ended = env.reset()[0], False
+        while not ended:
+            mean, _ = self.predict(observation[None], deterministic=True)
+            action = truncated_normal(mean.astype(np.float64), self.noise_sigma, self.explore)
+            observation, _, ended, _, info = env.step(action[0].astype(np.float32))
+        assignment: Assignment = info["assignment"]
+        return filled_up(self._pruning.problem, assignment, self.explore, self._rows)
 
     def _store_transition(
         self,
@@ -256,17 +267,6 @@ def _knapsack_rollouts(problem: Problem, count: int, rng: np.random.Generator) -
     layers = len(problem.layers)
     scales = [rng.normal(0.0, 0.5 if number else 0.0, layers) for number in range(count)]
     return [perturbed_solution(problem, scale) for scale in scales]
-
-
-def _random_rollouts(problem: Problem, count: int, rng: np.random.Generator) -> list[Assignment]:
-    """Return random policies of useful choices that use their budget up.
-
-    Uniformly random actions, as AMC's, leave much of a generous budget unused: at half of the latency the best of ten
-    such episodes had three times the error of the best of ten random policies, and the actor, which learns from them,
-    stayed behind.
-    """
-    rows = useful_rows(problem.errors_LC, problem.costs_LCD)
-    return [random_assignment(problem, rng, rows) for _ in range(count)]
 
 
 def truncated_normal(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from autoprune.envs.problem import Assignment, Problem
 from autoprune.search.base import Account, Searcher
@@ -32,7 +31,7 @@ class RandomSearcher(Searcher):
 
 
 def random_assignment(
-    problem: Problem, rng: np.random.Generator, rows: Sequence[npt.NDArray[np.int64]] | None = None
+    problem: Problem, rng: np.random.Generator, rows: Sequence[Sequence[int]] | None = None
 ) -> Assignment:
     """Return a random feasible assignment that uses most of the first constraint's budget.
 
@@ -45,16 +44,23 @@ def random_assignment(
         rows: Choices to draw from, per layer; by default all that are no dearer than dense.
     """
     layers = range(len(problem.layers))
-    candidates = [_no_dearer_than_dense(problem, layer) if rows is None else rows[layer].tolist() for layer in layers]
+    candidates = [_no_dearer_than_dense(problem, layer) if rows is None else rows[layer] for layer in layers]
     current = [int(rng.choice(options)) for options in candidates]
     for _ in range(50 * len(current)):
         if problem.feasible(current):
             break
         layer = int(rng.integers(len(current)))
         _step(problem, current, layer, candidates[layer], rng, up=False)
-    current = list(problem.decode_down(current))
+    return filled_up(problem, problem.decode_down(current), rng, candidates)
+
+
+def filled_up(
+    problem: Problem, assignment: Assignment, rng: np.random.Generator, rows: Sequence[Sequence[int]]
+) -> Assignment:
+    """Return a feasible assignment with random layers stepped up to a random dearer choice of theirs that fits."""
+    current = list(assignment)
     for layer in np.concatenate([rng.permutation(len(current)) for _ in range(3)]):
-        _step(problem, current, int(layer), candidates[layer], rng, up=True)
+        _step(problem, current, int(layer), rows[layer], rng, up=True)
     return tuple(current)
 
 
@@ -64,7 +70,7 @@ def _no_dearer_than_dense(problem: Problem, layer: int) -> list[int]:
 
 
 def _step(
-    problem: Problem, current: list[int], layer: int, options: list[int], rng: np.random.Generator, *, up: bool
+    problem: Problem, current: list[int], layer: int, options: Sequence[int], rng: np.random.Generator, *, up: bool
 ) -> None:
     costs_C = problem.costs_LCD[layer][:, 0]
     here = costs_C[current[layer]]
