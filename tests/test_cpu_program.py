@@ -109,6 +109,29 @@ def test_pools_equal_torch(kernel: int, stride: int, padding: int, channels: int
         torch.testing.assert_close(program.run(x), truth)
 
 
+@pytest.mark.parametrize("width", [1, 3, 5, 7, 10, 14, 23])
+@pytest.mark.parametrize("window", [(3, 3), (5, 5), (3, 5), (7, 2)])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (3, 1), (1, 2)])
+def test_depthwise_equals_torch(window: tuple[int, int], width: int, stride: int, dilation: int) -> None:
+    size = (9, width * stride)
+    padding = dilation * (window[0] // 2), dilation * (window[1] // 2)
+    weight, bias, x = torch.randn(20, 1, *window), torch.randn(20), torch.randn(2, 20, *size)
+    truth = functional.conv2d(x, weight, bias, stride, padding, dilation, groups=20)
+    program = Program(2)
+    source, out = program.buffer(20, *size, halo=max(padding)), program.buffer(20, *truth.shape[2:], halo=1)
+    layer = LayerSpec(
+        "dw", "conv", tuple(weight.shape), (stride, stride), padding, (dilation, dilation), 20, size,
+        (truth.shape[2], truth.shape[3]),
+    )
+    program.conv(source, out, layer, weight, bias, "dense", Epilogue(relu=True, cap=1.5))
+    program.set_input(source)
+    program.set_output(out)
+    program.finish()
+    program.memory.interior_NHWC(out)[:] = np.nan
+    torch.testing.assert_close(program.run(x), truth.clamp(0, 1.5))
+    assert not program.memory.whole_NHWC(out)[:, 0].any()
+
+
 @pytest.mark.parametrize("relu", [False, True])
 def test_add_and_relu_equal_torch(relu: bool) -> None:
     program = Program(3, 2)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from autoprune.core.layers import LayerSpec
 from autoprune.kernels.cpu.assemble_common import Row, Work, epilogue, float_bits, items, padded, target
 from autoprune.kernels.cpu.assemble_csr import csr_rows
 from autoprune.kernels.cpu.bands import Share, deal
@@ -14,7 +15,7 @@ from autoprune.kernels.cpu.layout import Strides, cover_cost, round_up
 from autoprune.kernels.cpu.memory import Buffer, Memory
 from autoprune.kernels.cpu.operations import Conv, Depthwise, Elementwise, Operation, Pool
 from autoprune.kernels.cpu.rows import Field, Op
-from autoprune.kernels.cpu.shapes import LANES, vector_registers
+from autoprune.kernels.cpu.shapes import DEPTHWISE_TILES, LANES, vector_registers
 from autoprune.kernels.formats import Blocked, aligned
 
 
@@ -126,8 +127,11 @@ def _depthwise(conv: Depthwise, memory: Memory) -> tuple[Row, int]:
     channels, _, rows, columns = conv.weight.shape
     packed = aligned((rows * columns, round_up(channels, LANES)), np.float32)
     packed[:, :channels] = conv.weight.reshape(channels, -1).T
+    variant = _depthwise_variant(layer)
     row = target(Op.DEPTHWISE, conv.out, memory) | epilogue(conv, memory)
     row |= {
+        Field.VARIANT: variant,
+        Field.VECTORS: DEPTHWISE_TILES[variant].pixels,
         Field.X: memory.at(conv.x, -layer.padding[0], -layer.padding[1]),
         Field.X_IMAGE: strides.image,
         Field.X_ROW: layer.stride[0] * strides.row,
@@ -139,6 +143,16 @@ def _depthwise(conv: Depthwise, memory: Memory) -> tuple[Row, int]:
         Field.WEIGHTS: memory.keep(packed),
     }
     return row, packed.nbytes
+
+
+def _depthwise_variant(layer: LayerSpec) -> int:
+    """Return the number of the tile that covers a line fastest: made for the window, or else the widest that fits."""
+    width, known = layer.output_hw[1], (layer.window[1], layer.stride[1])
+    fits = [variant for variant, tile in enumerate(DEPTHWISE_TILES) if tile.pixels <= width]
+    made = [v for v in fits if (DEPTHWISE_TILES[v].columns, DEPTHWISE_TILES[v].stride) == known]
+    if made and layer.dilation[1] == 1:
+        return made[0]
+    return max(fits, key=lambda v: DEPTHWISE_TILES[v].pixels if not DEPTHWISE_TILES[v].columns else 0)
 
 
 def _elementwise(operation: Elementwise, memory: Memory) -> Row:

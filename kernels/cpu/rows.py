@@ -85,6 +85,7 @@ class Field(IntEnum):
     BANDS = 55  # int32[threads][4]: a thread's first item, its first inner one, its end; 0: all share all units
     WAIT = 56  # before the row: number that the neighbours must have announced, 0 for none, -1: all threads meet
     MARK = 57  # announced when the edge items are done; 0 for nothing
+    VARIANT = 58  # depthwise: its tile, of VECTORS pixels
 
 
 class Curve(IntEnum):

@@ -28,4 +28,4 @@ run_block_tile = _selector("run_block_tile", [block_tile(tile) for tile in BLOCK
 run_csr_tile = _selector("run_csr_tile", [csr_tile(tile) for tile in CSR_TILES], 6)
 run_gradient_tile = _selector("run_gradient_tile", [gradient_tile(tile) for tile in GRADIENT_TILES], 6)
 run_gradient_run = _selector("run_gradient_run", [gradient_run(vectors) for vectors in GRADIENT_RUNS], 5)
-run_depthwise_tile = _selector("run_depthwise_tile", [depthwise_tile(pixels) for pixels in DEPTHWISE_TILES], 6)
+run_depthwise_tile = _selector("run_depthwise_tile", [depthwise_tile(tile) for tile in DEPTHWISE_TILES], 6)

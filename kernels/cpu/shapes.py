@@ -30,6 +30,14 @@ class CsrTile(NamedTuple):
         return max(2, self.unroll)
 
 
+class DepthwiseTile(NamedTuple):
+    """Shape of a depthwise tile: neighbouring pixels of a row, and the window's columns and stride; 0 takes any."""
+
+    pixels: int
+    columns: int = 0
+    stride: int = 0
+
+
 # Two flight paths of 4 cycles each want 8 independent sums; narrow tiles get them by unrolling.
 BLOCK_TILES = (
     BlockTile(1, 1, 1, 8),
@@ -65,8 +73,16 @@ GRADIENT_TILES = (
 )
 # Vectors of 16 pixels that the gradient of single weights holds at a time.
 GRADIENT_RUNS = (1, 4, 7, 13)
-# Neighbouring pixels of a depthwise tile: they share each weight's load.
-DEPTHWISE_TILES = (8, 4, 1)
+# Those that know their window load every input once for all pixels that it belongs to; maps are often 7 · 2ⁿ wide.
+DEPTHWISE_TILES = (
+    DepthwiseTile(1),
+    DepthwiseTile(4),
+    DepthwiseTile(8),
+    DepthwiseTile(7, 3, 1),
+    DepthwiseTile(7, 3, 2),
+    DepthwiseTile(7, 5, 1),
+    DepthwiseTile(7, 5, 2),
+)
 CSR_TILES = (
     CsrTile(1, 4),
     CsrTile(2, 4),

@@ -142,16 +142,14 @@ def _depthwise(row: int, image: int, line: int) -> None:
     weights, bias = _get(row, Field.WEIGHTS), _get(row, Field.BIAS)
     x = _get(row, Field.X) + image * _get(row, Field.X_IMAGE) + line * _get(row, Field.X_ROW)
     out = _get(row, Field.OUT) + image * _get(row, Field.OUT_IMAGE) + line * _get(row, Field.OUT_ROW)
+    variant, size = _get(row, Field.VARIANT), _get(row, Field.VECTORS)
     for c in range(groups):
-        pixel = 0
-        while pixel < width:
-            left = width - pixel
-            variant = 0 if left >= 8 else 1 if left >= 4 else 2
+        for start in range(0, width, size):
+            pixel = min(start, width - size)  # the last tile may do pixels of the one before again
             run_depthwise_tile(
                 variant, row, x + pixel * step + 64 * c, out + pixel * out_step + 64 * c, weights + 64 * c,
                 64 * groups, bias + 64 * c,
             )
-            pixel += 8 if variant == 0 else 4 if variant == 1 else 1
 
 
 @njit(nogil=True)

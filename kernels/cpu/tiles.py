@@ -34,7 +34,7 @@ from autoprune.kernels.cpu.emit import (
     store,
 )
 from autoprune.kernels.cpu.rows import Field
-from autoprune.kernels.cpu.shapes import LANES, VECTOR_BYTES, BlockTile, CsrTile
+from autoprune.kernels.cpu.shapes import LANES, VECTOR_BYTES, BlockTile, CsrTile, DepthwiseTile
 
 PAIR = ir.VectorType(F32, 2)
 LANE_NUMBERS = ir.VectorType(I32, LANES)
@@ -132,24 +132,36 @@ def _total(b: ir.IRBuilder, sets: list[ir.Value], size: int) -> list[ir.Value]:
     return total
 
 
-def depthwise_tile(pixels: int) -> Callable[..., Any]:
-    """Return the intrinsic ``f(row, x, out, weights, tap_bytes, bias)``: 16 channels of ``pixels`` neighbours of a row.
+def depthwise_tile(tile: DepthwiseTile) -> Callable[..., Any]:
+    """Return the intrinsic ``f(row, x, out, weights, tap_bytes, bias)``: 16 channels of the tile's pixels.
 
     ``weights`` is the address of the channels' weights of tap 0, ``tap_bytes`` the distance to the next tap's.
     """
+    pixels = tile.pixels
 
     @kernel(6)
     def depthwise(
         b: ir.IRBuilder, row: ir.Value, x: ir.Value, out: ir.Value, weights: ir.Value, tap_bytes: ir.Value,
         bias: ir.Value,
     ) -> None:
-        steps = multiples(b, field(b, row, Field.X_STEP), pixels)
-        window_w, tap_row = field(b, row, Field.WINDOW_W), field(b, row, Field.TAP_ROW)
-        tap_step = field(b, row, Field.TAP_STEP)
+        tap_row, tap_step = field(b, row, Field.TAP_ROW), field(b, row, Field.TAP_STEP)
+        window_w = i64(tile.columns) if tile.columns else field(b, row, Field.WINDOW_W)
+
+        def known(start: ir.Value, first: ir.Value, now: list[ir.Value]) -> list[ir.Value]:
+            new, taps = list(now), [load(b, b.add(first, b.mul(i64(s), tap_bytes))) for s in range(tile.columns)]
+            for place, step in enumerate(multiples(b, tap_step, tile.stride * (pixels - 1) + tile.columns)):
+                value = load(b, b.add(start, step))
+                for s, w in enumerate(taps):
+                    p, between = divmod(place - s, tile.stride)
+                    if not between and 0 <= p < pixels:
+                        new[p] = fma(b, w, value, new[p])
+            return new
 
         def line(r: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             start = b.add(x, b.mul(r, tap_row))
             first = b.add(weights, b.mul(b.mul(r, window_w), tap_bytes))
+            if tile.columns:
+                return known(start, first, sums)
 
             def tap(s: ir.Value, now: list[ir.Value]) -> list[ir.Value]:
                 w, here = load(b, b.add(first, b.mul(s, tap_bytes))), b.add(start, b.mul(s, tap_step))
@@ -157,6 +169,7 @@ def depthwise_tile(pixels: int) -> Callable[..., Any]:
 
             return loop(b, window_w, sums, tap)
 
+        steps = multiples(b, field(b, row, Field.X_STEP), pixels)
         sums = loop(b, field(b, row, Field.WINDOW_H), [load(b, bias)] * pixels, line)
         floor, cap = floor_of(b, field(b, row, Field.RELU)), cap_of(b, field(b, row, Field.CAP))
         places = multiples(b, field(b, row, Field.OUT_STEP), pixels)
