@@ -104,7 +104,7 @@ class Plan:
             self._add(program, buffers, op, weights or {})
             buffers.release(position)
         program.set_output(buffers[self.output])
-        program.finish()
+        program.finish(strips=True)
         return program
 
     def _add(self, program: Program, buffers: _Buffers, op: Op, weights: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +67,8 @@ def _blocks(conv: Conv, memory: Memory, share: Share) -> tuple[list[Row], int]:
     for first, last, block in ((0, paired, 2 * LANES), (paired, filters, LANES)):
         if first == last:
             continue
-        packed = Blocked.pack(conv.weight[first:last], block, keep_all=dense)
+        pack = partial(Blocked.pack, conv.weight[first:last], block, keep_all=dense)
+        packed = memory.once(conv.weight, (first, block, dense), pack)
         row = base | _block_row(conv, packed, memory, share)
         for moved in (Field.OUT, Field.BIAS, *((Field.RES,) if conv.epilogue.residual is not None else ())):
             row[moved] += 4 * first
@@ -79,9 +81,14 @@ def _blocks(conv: Conv, memory: Memory, share: Share) -> tuple[list[Row], int]:
 def _block_row(conv: Conv, packed: Blocked, memory: Memory, share: Share) -> Row:
     layer, strides = conv.layer, memory.strides[conv.x.index]
     groups, vectors = len(packed.row_ptr) - 1, packed.block // LANES
-    channel, tap = np.divmod(packed.positions, layer.window[0] * layer.window[1])
-    r, s = np.divmod(tap, layer.window[1])
-    offsets = r * layer.dilation[0] * strides.row + s * layer.dilation[1] * strides.pixel + 4 * channel
+
+    def entries() -> npt.NDArray[np.int32]:
+        channel, tap = np.divmod(packed.positions, layer.window[0] * layer.window[1])
+        r, s = np.divmod(tap, layer.window[1])
+        byte = r * layer.dilation[0] * strides.row + s * layer.dilation[1] * strides.pixel + 4 * channel
+        return np.asarray(byte, np.int32)
+
+    offsets = memory.once(packed, (strides.row, strides.pixel), entries)
     mean = round(len(offsets) / groups)
     cover, dealt = deal(
         share, conv.out.height, groups, lambda first, last: _cover(first, last, conv.out.width, vectors, mean)
@@ -94,7 +101,7 @@ def _block_row(conv: Conv, packed: Blocked, memory: Memory, share: Share) -> Row
         Field.GROUPS: groups,
         Field.VECTORS: vectors,
         Field.POINTERS: memory.keep(packed.row_ptr),
-        Field.ENTRIES: memory.keep(offsets.astype(np.int32)),
+        Field.ENTRIES: memory.keep(offsets),
         Field.WEIGHTS: memory.keep(packed.values),
     }
 
@@ -125,8 +132,13 @@ def _block_tiles(conv: Conv, memory: Memory, cover: Sequence[tuple[int, int, int
 def _depthwise(conv: Depthwise, memory: Memory) -> tuple[Row, int]:
     layer, strides = conv.layer, memory.strides[conv.x.index]
     channels, _, rows, columns = conv.weight.shape
-    packed = aligned((rows * columns, round_up(channels, LANES)), np.float32)
-    packed[:, :channels] = conv.weight.reshape(channels, -1).T
+
+    def pack() -> npt.NDArray[np.generic]:
+        whole = aligned((rows * columns, round_up(channels, LANES)), np.float32)
+        whole[:, :channels] = conv.weight.reshape(channels, -1).T
+        return whole
+
+    packed = memory.once(conv.weight, "depthwise", pack)
     variant = _depthwise_variant(layer)
     row = target(Op.DEPTHWISE, conv.out, memory) | epilogue(conv, memory)
     row |= {

@@ -53,7 +53,7 @@ def epilogue(conv: Conv | Depthwise, memory: Memory) -> Row:
     row: Row = {
         Field.RELU: int(conv.epilogue.relu),
         Field.CAP: float_bits(conv.epilogue.cap),
-        Field.BIAS: memory.keep(padded(conv.bias)),
+        Field.BIAS: memory.keep(memory.once(conv.bias, "bias", lambda: padded(conv.bias))),
     }
     residual = conv.epilogue.residual
     if residual is not None:

@@ -16,6 +16,7 @@ from autoprune.kernels.cpu.memory import Buffer, Memory
 from autoprune.kernels.cpu.operations import Conv, Elementwise, Epilogue
 from autoprune.kernels.cpu.recorder import Recorder
 from autoprune.kernels.cpu.rows import ROW_FIELDS, Control, Field, Op
+from autoprune.kernels.cpu.strips import Arrangement, arrange
 from autoprune.kernels.cpu.team import borrowed
 from autoprune.kernels.formats import aligned
 
@@ -48,24 +49,35 @@ class Program(Recorder):
         self._weight_bytes = self._workspace_bytes = 0
         self._lock = threading.Lock()
 
-    def finish(self) -> None:
-        """Freeze the program: allocate buffers, pack weights, plan tiles, write the table."""
+    def finish(self, *, strips: bool = False) -> None:
+        """Freeze the program: allocate buffers, pack weights, plan tiles, write the table.
+
+        Args:
+            strips: Do runs of operations strip by strip where that saves memory traffic; buffers between them then
+                hold nothing. Programs whose threads share an image do whole maps.
+        """
         self._check_open()
         exact = {self._input.index} if self._input is not None and self._may_be_exact(self._input) else set()
-        self._memory = memory = Memory(self._buffers, exact)
+        plain = Arrangement(list(enumerate(self._operations)), self._buffers)
+        whole = not strips or not (self.threads == 1 or self._by_image)
+        order = plain if whole else arrange(self._operations, self._buffers, self._output, self.threads == 1)
+        self._memory = memory = Memory(order.buffers, exact, order.places, order.zeros)
         work, table = Work(), list[Row]()
-        self._spans: list[tuple[int, int]] = []
+        self._spans: list[list[int]] = [[] for _ in self._operations]
         shares = self._shares()
         if self._input is not None:
             table.append(transfer(self._input, memory, Op.INPUT, shares.pop(0)))
-        for operation in self._operations:
-            rows, size = assemble(operation, memory, work, shares.pop(0))
-            self._spans.append((len(table), len(table) + len(rows)))
+        sizes: dict[int, int] = {}
+        for number, operation in order.operations:
+            rows, size = assemble(operation, memory, work, shares[number])
+            self._spans[number] += range(len(table), len(table) + len(rows))
             table += rows
-            self._weight_bytes += size
+            sizes[number] = max(size, sizes.get(number, 0))
+        self._weight_bytes = sum(sizes.values())
         if self._output is not None:
-            table.append(transfer(self._output, memory, Op.OUTPUT, shares.pop(0)))
-        chunk = self._chunk()
+            table.append(transfer(self._output, memory, Op.OUTPUT, shares[-1]))
+        # Images that share an arena pass one after another.
+        chunk = 1 if order.places and self.threads == 1 else self._chunk()
         self._place_work(table, work, chunk)
         self._write(table, chunk)
         self._operations.clear()
@@ -177,7 +189,7 @@ class Program(Recorder):
         self._check_finished()
         times = np.zeros((repeats, max(self._n_rows, 1)), np.int64)
         self._measure(repeats, times, by_row=True)
-        return [times[:, first:last].sum(axis=1) / 1e3 for first, last in self._spans]
+        return [times[:, rows].sum(axis=1) / 1e3 for rows in self._spans]
 
     def _measure(self, repeats: int, times: npt.NDArray[np.int64], by_row: bool) -> None:
         with self._lock, borrowed(self.threads) as team:
