@@ -21,7 +21,7 @@ STRIP_BYTES = 320 * 1024  # of the windows of a run together: they share the sec
 RUN_BYTES = 512 * 1024  # maps between the operations of a run that are worth it
 LINK_BYTES = 96 * 1024  # a map between two operations that is worth it
 WEIGHT_BYTES = 384 * 1024  # of a run: every strip reads them again
-SLACK_PIXELS = 2
+SLACK_PIXELS = 2  # after each window: vector loads may run past the last pixel
 
 Link = Conv | Depthwise | Elementwise
 Rows = tuple[int, int]
