@@ -38,23 +38,37 @@ class LayerRules(Nodes):
 
     def _conv_call(self, node: fx.Node) -> Op:
         """A convolution as a function of a layer's own weight: what classes derived from ``Conv2d`` do."""
-        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-            raise Refused(node.name, "a convolution by a weight that is computed")
-        name, _, last = str(weight.target).rpartition(".")
-        module = self.model.get_submodule(name)
-        if last != "weight" or not isinstance(module, nn.Conv2d):
-            raise Refused(node.name, "a convolution by a weight that is no layer's own")
+        name, module = self._owner(node, "a convolution")
+        if not isinstance(module, nn.Conv2d):
+            raise Refused(node.name, "a convolution by a weight that is no convolution's own")
         settings = (
             pair(self._argument(node, 3, "stride", 1)), pair(self._argument(node, 5, "dilation", 1)),
-            self._argument(node, 6, "groups", 1), self._argument(node, 2, "bias"),
+            self._argument(node, 6, "groups", 1),
         )
         padding = self._argument(node, 4, "padding", 0)
-        if settings[:3] != (module.stride, module.dilation, module.groups) or isinstance(padding, str):
+        if settings != (module.stride, module.dilation, module.groups) or isinstance(padding, str):
             raise Refused(node.name, "a convolution by other settings than its layer's")
-        if settings[3] is not module.bias:
-            raise Refused(node.name, "a convolution with a bias that is not its layer's")
         return self._conv(name, node, module)
+
+    def _linear_call(self, node: fx.Node) -> Op:
+        """A linear layer as a function of its own weight, as in classes derived from ``Linear``."""
+        name, module = self._owner(node, "a linear layer")
+        if not isinstance(module, nn.Linear):
+            raise Refused(node.name, "a linear layer by a weight that is no linear layer's own")
+        return self._linear(name, node, module)
+
+    def _owner(self, node: fx.Node, what: str) -> tuple[str, nn.Module]:
+        """Return name and module of the layer whose weight and bias a function is called with."""
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            raise Refused(node.name, f"{what} by a weight that is computed")
+        name, _, last = str(weight.target).rpartition(".")
+        module = self.model.get_submodule(name)
+        if last != "weight":
+            raise Refused(node.name, f"{what} by a weight that is no layer's own")
+        if self._argument(node, 2, "bias") is not getattr(module, "bias", None):
+            raise Refused(node.name, f"{what} with a bias that is not its layer's")
+        return name, module
 
     def _linear(self, name: str, node: fx.Node, module: nn.Module) -> Op:
         assert isinstance(module, nn.Linear)

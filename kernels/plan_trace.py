@@ -171,6 +171,7 @@ class _Lowering(LayerRules, PoolRules):
             (_MUL_CALLS, self._multiply),
             (_CAT_CALLS, self._concatenate),
             ((F.conv2d, torch.conv2d), self._conv_call),
+            ((F.linear,), self._linear_call),
             ((F.batch_norm, torch.batch_norm), self._norm_call),
             ((F.adaptive_avg_pool2d, "mean", torch.mean), lambda node: self._adaptive(node.name, node)),
             ((F.avg_pool2d, F.max_pool2d, torch.max_pool2d), self._pool_call),

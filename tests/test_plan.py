@@ -139,6 +139,8 @@ class _Body(nn.Module):
         self.thin = nn.Conv2d(16, 3, 1)
         self.loose = nn.Parameter(torch.zeros(8, 16, 1, 1))
         self.again = nn.Conv2d(16, 16, 1)
+        self.wide = nn.Linear(16 * 64, 5)
+        self.rows = nn.Embedding(5, 16 * 64)
         self.then = then
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,6 +159,9 @@ class _Body(nn.Module):
         (lambda m, x: F.conv2d(x, m.again.weight * 2.0), "mul", "not a feature map"),
         (lambda m, x: F.conv2d(x, m.loose), "conv2d", "no layer's own"),
         (lambda m, x: F.conv2d(x, m.again.weight), "conv2d", "bias that is not its layer's"),
+        (lambda m, x: F.linear(x.flatten(1), m.wide.weight * 2.0), "mul", "not a feature map"),
+        (lambda m, x: F.linear(x.flatten(1), m.wide.weight), "linear", "bias that is not its layer's"),
+        (lambda m, x: F.linear(x.flatten(1), m.rows.weight), "linear", "no linear layer's own"),
         (lambda m, x: F.hardtanh(x), "hardtanh", "from -1.0"),
         (lambda m, x: x * x.mean(1, keepdim=True), "mean", "other dimensions"),
         (lambda m, x: torch.cat([x[:, :3], x], 1), "getitem", "no rule"),
@@ -180,6 +185,21 @@ def test_what_cannot_be_planned_is_refused_by_name(then: object, where: str, rea
     assert refusal.where.startswith(where)
     assert reason in refusal.reason
     assert where in str(refusal)
+
+
+class _OwnLinear(nn.Linear):
+    """As in networks that cast their weights themselves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, bias=self.bias)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_planned_under_its_name() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(4, 16, 3), nn.Flatten(), _OwnLinear(16 * 36, 7)))
+    x = torch.randn(2, 4, 8, 8)
+    plan = _planned(model, x)
+    assert plan.op_names == ("0", "2")
+    torch.testing.assert_close(_run(plan, x), model(x), rtol=0, atol=1e-5)
 
 
 def test_norm_by_batch_statistics_is_refused() -> None:
