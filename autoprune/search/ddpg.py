@@ -6,9 +6,9 @@ episode's return for every transition (n-step with n = layers, γ = 1), and rewa
 
 Source: He et al., AMC: AutoML for Model Compression (2018). We depart in the credit (AMC copies the terminal reward
 into every transition and bootstraps on top), in the decoder and its list of choices (see ``PruningEnv``), in the
-networks' first layer (see ``LayerCode``), in episodes that use the budget up (the warm-up's are random
-policies of useful choices), and in the noise, which falls over the whole search instead of within 30 episodes: what a
-critic learns from is how episodes differ.
+networks' first layer (see ``LayerCode``), in episodes that use the budget up (see ``AMCAgent._acted``; the warm-up's are
+random policies of useful choices), and in the noise, which falls over the whole search instead of within 30 episodes:
+what a critic learns from is how episodes differ.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class AMCAgent(DDPG):
     Args:
         env: The environment; its actions lie in [0, 1].
         settings: Constants.
-        warm_up: Episodes of random actions.
+        warm_up: Episodes of random policies that use their budget up.
         episodes: How many may run in all; sizes the replay buffer, which forgets nothing.
         seed: Of networks, exploration and replay; global generators are seeded too (see ``own_rng``).
     """
@@ -200,7 +200,7 @@ class AMCAgent(DDPG):
         """Return the policy of the actor's noisy actions, with what it leaves of the budget given to random layers.
 
         An actor learns late how much it may spend: at half of the latency it left a third unused in every episode, and
-        no more than ten of random policies that use theirs up were enough to beat it.
+        a few random policies that use theirs up beat it.
         """
         env = PruningEnv(self._pruning.problem, evaluate=lambda _: Quality(0.0, 0.0, 0.0))
         observation, ended = env.reset()[0], False
