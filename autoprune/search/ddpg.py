@@ -6,7 +6,7 @@ episode's return for every transition (n-step with n = layers, γ = 1), and rewa
 
 Source: He et al., AMC: AutoML for Model Compression (2018). We depart in the credit (AMC copies the terminal reward
 into every transition and bootstraps on top), in the decoder and its list of choices (see ``PruningEnv``), in the
-networks' first layer (see ``LayerCode``), in episodes that use the budget up (see ``AMCAgent._acted``; the warm-up's are
+networks' first layer (see ``LayerCode``), in episodes that use the budget up (see ``_acted``; the warm-up's are
 random policies of useful choices), and in the noise, which falls over the whole search instead of within 30 episodes:
 what a critic learns from is how episodes differ.
 """
