@@ -27,15 +27,24 @@ from autoprune.tasks.task import judged_task, load_task
 
 
 class Stopwatch(Silent):
-    """Notes when each step is done, in seconds from the start."""
+    """Notes how long each stage took, in seconds."""
 
     def __init__(self) -> None:
-        self.ticks: list[float] = []
-        self._started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self._name = "preparation"
+        self._steps, self._started = 0, time.perf_counter()
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self.finish()
+        self._name, self._steps, self._started = name, 0, time.perf_counter()
+        print(f"{name}: {total} steps", flush=True)
 
     def advance(self, n: int = 1) -> None:
-        self.ticks += [time.perf_counter() - self._started] * n
-        print(f"{len(self.ticks)}: {self.ticks[-1]:.0f} s", flush=True)
+        self._steps += n
+        print(f"{self._name} {self._steps}: {time.perf_counter() - self._started:.0f} s", flush=True)
+
+    def finish(self) -> None:
+        self.seconds[self._name] = time.perf_counter() - self._started
 
 
 def main() -> None:
@@ -55,17 +64,15 @@ def main() -> None:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
         task = judged_task(load_task(options.model, options.data, weights=weights), "agreement")
     space, groups = open_space(options.space, task.model, task.example, trace(task.model, task.example))
-    layers = len(space.searched)
     count = sum(len(space.choices[layer.name]) for layer in space.searched)
     cache, seconds = Cache(options.runs_dir), dict[str, float]()
     for when in ("made", "found again"):
         clock = Stopwatch()
         score_choices(task, space, cache, clock, groups)
-        # The stage has a step for every layer's weights, then one for every layer's errors.
-        seconds[f"weights {when}"] = clock.ticks[layers - 1]
-        seconds[f"single-layer errors {when}"] = clock.ticks[-1] - clock.ticks[layers - 1]
+        clock.finish()
+        seconds |= {f"{stage}, {when}": value for stage, value in clock.seconds.items()}
     images = min(MOMENT_IMAGES, len(task.data.train))
-    case = f"{options.model} 224, {images} images, {layers} layers, {count} choices"
+    case = f"{options.model} 224, {images} images, {len(space.searched)} layers, {count} choices"
     rows = [row(case, name, "seconds", [value], baseline=0.0, unit="s", threads=options.threads)
             for name, value in seconds.items()]  # fmt: skip
     append_rows(RESULTS / "database.csv", rows)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autoprune.core.choices import Channels, Choice, Dense
 from autoprune.core.layers import LayerSpec
+from autoprune.core.progress import Progress, Silent
 from autoprune.envs.channel_weights import ChannelWeights
 from autoprune.envs.network import layer_of, side_by_side
 from autoprune.envs.store import DatabaseStore, Moments
@@ -97,7 +98,7 @@ def build_database(
     model: nn.Module,
     options: Mapping[LayerSpec, Sequence[Choice]],
     images: Tensor,
-    advance: Callable[[], None] = lambda: None,
+    progress: Progress | None = None,
     store: DatabaseStore | None = None,
     channels: Channelled | None = None,
 ) -> LayerDatabase:
@@ -107,14 +108,16 @@ def build_database(
         model: Dense network in eval mode, float32; the work is done on its device.
         options: Choices of each searched layer.
         images: Normalised calibration images ``(N, C, H, W)`` float32.
-        advance: Called once for every layer done.
+        progress: Told of two stages: the images that passed the network, the layers whose weights are made.
         store: Files of this model and these images: what they hold is not made again, what is made is kept at once.
         channels: Where channels are searched.
     """
     leaders = [layer.name for layer in options if any(isinstance(c, Channels) for c in options[layer])]
     readers = [] if channels is None else channels.readers(leaders)
     sparse = [layer for layer in options if layer.name not in leaders]
-    moments = _moments(model, list(dict.fromkeys([*sparse, *readers])), images, store)
+    progress = progress or Silent()
+    moments = _moments(model, list(dict.fromkeys([*sparse, *readers])), images, progress, store)
+    progress.stage("layer database", len(options))
 
     def solve(layer: LayerSpec) -> dict[tuple[str, str], Tensor]:
         if layer.name in leaders:
@@ -130,7 +133,7 @@ def build_database(
         jobs = [pool.submit(solve, layer) for layer in sorted(options, key=lambda layer: -layer.weights)]
         for job in as_completed(jobs):
             weights.update(job.result())
-            advance()
+            progress.advance()
     if channels is None or not leaders:
         return LayerDatabase(weights, moments)
     own = ChannelWeights(model, channels.groups, leaders, moments, channels.criterion)
@@ -138,11 +141,14 @@ def build_database(
 
 
 def _moments(
-    model: nn.Module, layers: Sequence[LayerSpec], images: Tensor, store: DatabaseStore | None
+    model: nn.Module, layers: Sequence[LayerSpec], images: Tensor, progress: Progress, store: DatabaseStore | None
 ) -> dict[str, Moments]:
     known = {layer.name: store.moments(layer) if store is not None else None for layer in layers}
     absent = [layer for layer in layers if known[layer.name] is None]
-    measured = measure_moments(model, absent, images) if absent else {}
+    measured = {}
+    if absent:
+        progress.stage("layer inputs", len(images))
+        measured = measure_moments(model, absent, images, progress.advance)
     for layer in absent:
         if store is not None:
             store.save_moments(layer, measured[layer.name])
@@ -237,10 +243,13 @@ def _descent(family: Sequence[Choice]) -> list[tuple[Choice, bool]]:
     return steps
 
 
-def measure_moments(model: nn.Module, layers: Sequence[LayerSpec], images: Tensor) -> dict[str, Moments]:
+def measure_moments(
+    model: nn.Module, layers: Sequence[LayerSpec], images: Tensor, advance: Callable[[int], None] = lambda n: None
+) -> dict[str, Moments]:
     """Return the input moments of each layer from at most ``SAMPLES`` random positions of the images.
 
-    They lie on the model's device; the positions are drawn on the CPU, the same ones wherever it runs.
+    They lie on the model's device; the positions are drawn on the CPU, the same ones wherever it runs. ``advance`` is
+    told how many more images have passed.
     """
     device = next(model.parameters()).device
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
@@ -265,6 +274,7 @@ def measure_moments(model: nn.Module, layers: Sequence[LayerSpec], images: Tenso
         with torch.no_grad():
             for part in torch.split(images, _images_a_batch(images)):
                 model(part.to(device))
+                advance(len(part))
     finally:
         for handle in handles:
             handle.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,24 @@ def test_compensated_weights_are_the_least_squares_solution_of_every_row(density
     got = compensate(weight, mask, matrix, torch.linalg.inv(matrix))
     torch.testing.assert_close(got.double(), _naive(weight, mask, matrix), rtol=2e-4, atol=2e-4)
     assert not got[~mask].any()
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e6, 1e9])
+@pytest.mark.parametrize("density", [0.4, 0.6])
+def test_large_systems_are_solved_to_float64_whatever_their_condition(condition: float, density: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    inputs = 700
+    basis = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)).Q
+    matrix = basis @ torch.diag(torch.logspace(0, -np.log10(condition), inputs, dtype=torch.float64)) @ basis.T
+    matrix = (matrix + matrix.T) / 2
+    weight = torch.randn(5, inputs, generator=generator)
+    mask = torch.rand(5, inputs, generator=generator) < density
+    got = compensate(weight, mask, matrix, torch.linalg.inv(matrix)).double()
+    # By the residual: at 1e9 the solutions themselves agree to few digits.
+    target = (weight.double() @ matrix) * mask
+    assert ((got @ matrix) * mask - target).norm() < 1e-6 * target.norm() + 1e-7 * got.norm()
+    if condition < 1e9:
+        torch.testing.assert_close(got, _naive(weight, mask, matrix), rtol=1e-4, atol=1e-4)
 
 
 def test_compensation_lowers_the_output_error_of_plain_masking() -> None:

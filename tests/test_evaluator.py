@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autoprune.core.choices import Block, Choice, Dense, Fine, Pattern, parse_choice
+from autoprune.core.progress import Silent
 from autoprune.envs.database import LayerDatabase, build_database, measure_moments
 from autoprune.envs.evaluator import Evaluator, divergence, divergences, telling_images
 from autoprune.envs.network import BATCH, StitchedNetwork, norm_of_each_conv, recalibrate
@@ -153,16 +154,37 @@ def test_a_killed_build_goes_on_where_it_was_and_a_later_one_reuses_it(
 ) -> None:
     store = DatabaseStore(tmp_path / "database")
 
-    def kill() -> None:
-        raise KeyboardInterrupt
+    class Killed(Silent):
+        """Ends at the first layer whose weights are made."""
+
+        name = ""
+
+        def stage(self, name: str, total: int | None = None) -> None:
+            self.name = name
+
+        def advance(self, n: int = 1) -> None:
+            if self.name == "layer database":
+                raise KeyboardInterrupt
+
+    class Counted(Silent):
+        """Counts the steps of each stage."""
+
+        def __init__(self) -> None:
+            self.steps: dict[str, int] = {}
+
+        def stage(self, name: str, total: int | None = None) -> None:
+            self.steps[name] = 0
+
+        def advance(self, n: int = 1) -> None:
+            self.steps[list(self.steps)[-1]] += n
 
     with pytest.raises(KeyboardInterrupt):
-        build_database(task.model, options, calibration, kill, store)
+        build_database(task.model, options, calibration, Killed(), store)
     made = {path: path.stat().st_mtime_ns for path in store._folder.iterdir()}
     assert any(path.name.startswith("weights-") for path in made)
-    steps: list[None] = []
-    again = build_database(task.model, options, calibration, lambda: steps.append(None), store)
-    assert len(steps) == len(options)
+    counted = Counted()
+    again = build_database(task.model, options, calibration, counted, store)
+    assert counted.steps == {"layer database": len(options)}  # no image passed the network again
     assert again.weights.keys() == database.weights.keys()
     assert all(torch.equal(tensor, again.weights[key]) for key, tensor in database.weights.items())
     # What was finished was not made again, and a space that shares schemes takes them from here.

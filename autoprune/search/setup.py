@@ -95,11 +95,10 @@ def score_choices(
     # The task's own model stays where it is: latency is measured on another device than this one.
     model = task.model if device.type == "cpu" else copy.deepcopy(task.model).to(device)
     key = _key(task, device.type)
-    progress.stage("layer database", 2 * len(options))
     images = data.normalize(data.train.images[:MOMENT_IMAGES])
     store = DatabaseStore(cache.database(key))
     channels = None if groups is None or not groups.leaders else Channelled(groups, space.layers)
-    database = build_database(model, options, images, progress.advance, store, channels)
+    database = build_database(model, options, images, progress, store, channels)
     network = StitchedNetwork(model, data.normalize(data.train.images[:RECALIBRATION_IMAGES]))
     scored, _ = data.judges(EVALUATION_IMAGES)
     evaluator = Evaluator(network, database, data.normalize(scored.images), scored.labels, images_drawn)
@@ -128,6 +127,7 @@ def _single_errors(
 ) -> tuple[np.ndarray, ...]:
     """Return the errors of every layer, those that are kept from the cache; each new one is kept at once."""
     rows = {layer: row for layer, row in cache.read_errors(key).items() if layer in {spec.name for spec in options}}
+    progress.stage("single-layer errors", len(options))
     progress.advance(len(rows))
     keeping = threading.Lock()
 
