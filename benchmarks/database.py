@@ -2,7 +2,8 @@
 
     python benchmarks/database.py --data imagefolder:DIR [--model torchvision:resnet50] [--threads 2]
 
-Random weights take as long as trained ones. A build that is stopped goes on from the layers that are done.
+Random weights, under BatchNorm statistics of these images: as they are made, deep layers see next to constant inputs,
+which no trained network does. A build that is stopped goes on from the layers that are done.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from autoprune.core.progress import Silent
 from autoprune.core.rundir import Cache
+from autoprune.envs.network import recalibrate
 from autoprune.lut.bench import append_rows
 from autoprune.search.channels import open_space
 from autoprune.search.setup import MOMENT_IMAGES, score_choices
@@ -63,6 +65,7 @@ def main() -> None:
         model = network_for(options.model, torch.zeros(1, 3, 224, 224), 1_000)
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
         task = judged_task(load_task(options.model, options.data, weights=weights), "agreement")
+    recalibrate(task.model, task.data.normalize(task.data.train.images[:64]), batch=32)
     space, groups = open_space(options.space, task.model, task.example, trace(task.model, task.example))
     count = sum(len(space.choices[layer.name]) for layer in space.searched)
     cache, seconds = Cache(options.runs_dir), dict[str, float]()

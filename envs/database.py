@@ -20,7 +20,7 @@ from autoprune.envs.channel_weights import ChannelWeights
 from autoprune.envs.network import layer_of, side_by_side
 from autoprune.envs.store import DatabaseStore, Moments
 from autoprune.sparsity.channels import ChannelGroups, Criterion, parameter_masks
-from autoprune.sparsity.compensate import compensate, damped
+from autoprune.sparsity.compensate import SLACK, Hessian, compensate
 from autoprune.sparsity.masks import make_mask
 
 SAMPLES = 40_000
@@ -28,6 +28,8 @@ SAMPLES = 40_000
 _BATCH_PIXELS = 1_300_000
 # Each step of a descent keeps at least this fraction of the one before.
 STEP = 0.75
+# What is only passed on the way need not be as close to the least error.
+_PASSING_SLACK = 1e-2
 
 
 class LayerDatabase:
@@ -185,10 +187,9 @@ def compensated_weights(
         made |= known or {}
     if not absent:
         return made
-    damped_DD = damped(moments.second_DD.to(weight.device))
-    inverse_DD = torch.linalg.inv(damped_DD)
+    hessian = Hessian(moments.second_DD.to(weight.device))
     for family in absent:
-        new = _family_weights(weight, family, damped_DD, inverse_DD)
+        new = _family_weights(weight, family, hessian)
         if store is not None and layer is not None:
             store.save_weights(layer, new)
             new = store.weights(layer, family) or new  # in the file, not in memory
@@ -196,16 +197,14 @@ def compensated_weights(
     return made
 
 
-def _family_weights(
-    weight: Tensor, family: Sequence[Choice], damped_DD: Tensor, inverse_DD: Tensor
-) -> dict[Choice, Tensor]:
+def _family_weights(weight: Tensor, family: Sequence[Choice], hessian: Hessian) -> dict[Choice, Tensor]:
     flat_KD = now_KD = weight.flatten(1)
-    scale_D = damped_DD.diagonal().sqrt().float()
+    scale_D = hessian.matrix_DD.diagonal().sqrt().float()
     made = {}
     for choice, wanted in _descent(family):
         score = (now_KD.square() * scale_D).reshape(weight.shape)
         mask = make_mask(weight, choice, score)
-        now_KD = compensate(flat_KD, mask.flatten(1), damped_DD, inverse_DD)
+        now_KD = compensate(flat_KD, mask.flatten(1), hessian, SLACK if wanted else _PASSING_SLACK, now_KD)
         if wanted:
             made[choice] = now_KD.reshape(weight.shape).contiguous().cpu()
     return made
