@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 FOLDER = Path(__file__).parents[1] / "examples"
 SIZE = ["--epochs", "4", "--images", "64", "--batch", "16"]
@@ -60,4 +62,17 @@ def test_the_plain_example_stopped_in_the_era_ends_as_an_unbroken_one(
     assert "masks final" not in capsys.readouterr().out
     run("plain.py", "--optimizer", optimizer, "--checkpoint", broken, monkeypatch=monkeypatch)
     wanted, got = (torch.load(path, weights_only=True)["model"] for path in (whole, broken))
+    assert all(torch.equal(tensor, got[name]) for name, tensor in wanted.items())
+
+
+def test_a_trainer_that_goes_on_from_a_checkpoint_in_the_era_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")  # transformers itself takes the checkout's folder for another package, kernels
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for more in (["--out", str(whole)], ["--out", str(broken), "--resume", str(whole / "checkpoint-8")]):
+        done = subprocess.run(
+            [sys.executable, str(FOLDER / "with_trainer.py"), *SIZE, *more],
+            capture_output=True, text=True, cwd=tmp_path, check=False,
+        )  # fmt: skip
+        assert pruned(done.stdout), done.stderr
+    wanted, got = (load_file(folder / "checkpoint-16" / "model.safetensors") for folder in (whole, broken))
     assert all(torch.equal(tensor, got[name]) for name, tensor in wanted.items())
