@@ -255,4 +255,7 @@ def test_the_verdict_names_what_was_asked_for(result: Result) -> None:
     kept = result.model_copy(update={"goal": "constraint", "budget": "accuracy=-0.5%"})
     assert verdict(kept).startswith("The constraint is met: asked was accuracy=-0.5%")
     front = result.model_copy(update={"goal": "front", "budget": "accuracy+latency"})
-    assert verdict(front).startswith("A front was asked for")
+    assert verdict(front).startswith("A front was asked for: accuracy+latency for resnet20")
+    assert "; the policy at its bend runs in" in verdict(front)
+    within = front.model_copy(update={"budget": "latency=60%,accuracy+latency"})
+    assert "; its best policy within the budget runs in" in verdict(within)

@@ -76,7 +76,8 @@ def verdict(result: Result) -> str:
     parts = [_latency_clause(result, chosen), _accuracy_clause(result, chosen)]
     found = ", ".join(part for part in parts if part)
     if result.goal == "front" and result.met:
-        return f"A front was asked for: {asked}; of it the policy at the bend {found}."
+        which = "its best policy within the budget" if "=" in result.budget else "the policy at its bend"
+        return f"A front was asked for: {asked}; {which} {found}."
     thing = "constraint" if result.goal == "constraint" else "budget"
     state = f"The {thing} is {'met' if result.met else 'missed'}"
     if result.predicted_for:
