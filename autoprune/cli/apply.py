@@ -19,14 +19,9 @@ if TYPE_CHECKING:
 
 def apply(
     out: Annotated[Path, typer.Option(help="Folder to write: weights.safetensors and architecture.json.")],
-    policy: Annotated[Path | None, typer.Option(help="Policy file; this or --run.", show_default=False)] = None,
-    run: Annotated[
-        str | None, typer.Option(help="Take policy and weights of this run; this or --policy.", show_default=False)
-    ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Weights trained under the policy.", show_default="the run's, or dense masked by magnitude"),
-    ] = None,
+    policy: options.TakenPolicy = None,
+    run: options.TakenRun = None,
+    weights: options.TakenWeights = None,
     form: Annotated[
         str,
         typer.Option(
@@ -34,9 +29,7 @@ def apply(
             "shapes, only what is not zero is stored."
         ),
     ] = "masked",
-    data: Annotated[
-        str | None, typer.Option(help="Data set, by name.", show_default="the run's, or fashion-mnist")
-    ] = None,
+    data: options.TakenData = None,
     data_dir: options.DataDir = None,
     transform: options.Transform = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,

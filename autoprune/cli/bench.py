@@ -55,13 +55,8 @@ def bench(
         str | None, typer.Option(help=f"With --uniform, the network: {options.MODEL_HELP}, @CxHxW behind it.")
     ] = None,
     model_args: options.ModelArgs = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Weights trained under the policy.", show_default="the run's, or dense masked by magnitude"),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Data set, by name.", show_default="the run's, or fashion-mnist")
-    ] = None,
+    weights: options.TakenWeights = None,
+    data: options.TakenData = None,
     data_dir: options.DataDir = None,
     transform: options.Transform = None,
     batch: Annotated[

@@ -28,9 +28,7 @@ def evaluate(
         str | None, typer.Option(help=f"Network: {options.MODEL_HELP}.", show_default="the run's, or resnet20")
     ] = None,
     model_args: options.ModelArgs = None,
-    data: Annotated[
-        str | None, typer.Option(help="Data set, by name.", show_default="the run's, or fashion-mnist")
-    ] = None,
+    data: options.TakenData = None,
     data_dir: options.DataDir = None,
     transform: options.Transform = None,
     split: Annotated[str, typer.Option(help="Which images: test or validation.")] = "test",

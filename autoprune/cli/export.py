@@ -28,20 +28,13 @@ def export(
     torch_export: Annotated[
         Path | None, typer.Option("--torch-export", help="torch.export program (.pt2) to write.", show_default=False)
     ] = None,
-    policy: Annotated[Path | None, typer.Option(help="Policy file; this or --run.", show_default=False)] = None,
-    run: Annotated[
-        str | None, typer.Option(help="Take policy and weights of this run; this or --policy.", show_default=False)
-    ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Weights trained under the policy.", show_default="the run's, or dense masked by magnitude"),
-    ] = None,
+    policy: options.TakenPolicy = None,
+    run: options.TakenRun = None,
+    weights: options.TakenWeights = None,
     form: Annotated[
         str, typer.Option(help="compact: channels that are all zero taken out; masked: the dense shapes.")
     ] = "compact",
-    data: Annotated[
-        str | None, typer.Option(help="Data set, by name.", show_default="the run's, or fashion-mnist")
-    ] = None,
+    data: options.TakenData = None,
     data_dir: options.DataDir = None,
     transform: options.Transform = None,
     batch: options.Batch = 1,

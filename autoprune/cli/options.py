@@ -61,6 +61,24 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Set an existing run of thi
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else goes to stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+# Of commands that take up a policy or a finished run.
+TakenPolicy = Annotated[
+    Path | None, typer.Option("--policy", help="Policy file; this or --run.", show_default=False)
+]
+TakenRun = Annotated[
+    str | None,
+    typer.Option("--run", help="Take policy and weights of this run; this or --policy.", show_default=False),
+]
+TakenWeights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights", help="Weights trained under the policy.", show_default="the run's, or dense masked by magnitude"
+    ),
+]
+TakenData = Annotated[
+    str | None, typer.Option("--data", help="Data set, by name.", show_default="the run's, or fashion-mnist")
+]
+
 # Of commands that only read: the value is compared with what is read, and another one is refused.
 RunRead = Annotated[str | None, typer.Option("--run", help="Name of the run to read.")]
 BatchRead = Annotated[
