@@ -122,7 +122,7 @@ class Plan:
             case ReluOp():
                 program.relu(x, out, op.cap)
             case CurveOp():
-                program.curve(x, out, op.curve)
+                program.curve(x, out, op.curve, op.slope)
             case MulOp():
                 program.multiply(x, buffers[op.y], out)
             case CatOp():

@@ -117,12 +117,13 @@ class ReluOp:
 
 @dataclass(frozen=True, slots=True)
 class CurveOp:
-    """Another activation."""
+    """Another activation; a leaky one has a slope."""
 
     name: str
     curve: Curve
     x: Value
     out: Value
+    slope: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ _LEAVES = (
     nn.AdaptiveAvgPool2d,
     nn.ZeroPad2d,
     nn.Hardtanh,
+    nn.LeakyReLU,
     nn.Hardswish,
     nn.Hardsigmoid,
     nn.SiLU,

@@ -55,6 +55,7 @@ _CURVE_MODULES: dict[type[nn.Module], Curve] = {
     nn.Hardsigmoid: Curve.HARDSIGMOID,
     nn.SiLU: Curve.SILU,
     nn.Sigmoid: Curve.SIGMOID,
+    nn.LeakyReLU: Curve.LEAKY,
 }
 _Rule = Callable[[str, fx.Node, nn.Module], Op]
 
@@ -157,7 +158,14 @@ class _Lowering(LayerRules, PoolRules):
 
     def _curve_module(self, name: str, node: fx.Node, module: nn.Module) -> Op:
         curve = next(curve for kind, curve in _CURVE_MODULES.items() if isinstance(module, kind))
-        return CurveOp(name, curve, self._input(node), self._new_value(node))
+        slope = module.negative_slope if isinstance(module, nn.LeakyReLU) else 0.0
+        return CurveOp(name, curve, self._input(node), self._new_value(node), slope)
+
+    def _leaky(self, node: fx.Node) -> Op:
+        slope = self._argument(node, 1, "negative_slope", 0.01)
+        if not isinstance(slope, int | float):
+            raise Refused(node.name, "a slope that is computed")
+        return CurveOp(node.name, Curve.LEAKY, self._input(node), self._new_value(node), float(slope))
 
     def _lower_call(self, node: fx.Node) -> None:
         target = node.target
@@ -165,6 +173,7 @@ class _Lowering(LayerRules, PoolRules):
             (_RELU_CALLS, lambda node: ReluOp(node.name, self._input(node), self._new_value(node))),
             ((F.relu6,), lambda node: ReluOp(node.name, self._input(node), self._new_value(node), 6.0)),
             ((F.hardtanh,), self._hardtanh),
+            ((F.leaky_relu,), self._leaky),
             (_CURVE_CALLS, lambda node: CurveOp(
                 node.name, _CURVE_CALLS[node.target], self._input(node), self._new_value(node))),
             (_ADD_CALLS, self._add),

@@ -15,6 +15,7 @@ from autoprune.core.choices import Block, Choice
 from autoprune.kernels.convert import PlannedModel, convert
 from autoprune.kernels.cpu.program import Program
 from autoprune.kernels.cpu.recorder import ungrouped
+from autoprune.kernels.cpu.rows import Curve
 from autoprune.lut.deploy import masked_copy
 from autoprune.search_spaces.trace import trace
 from autoprune.search_spaces.uniform import uniform_policy
@@ -52,6 +53,13 @@ class _OwnPadding(nn.Conv2d):
         return F.conv2d(F.pad(x, (0, 1, 1, 2)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
+class _Leaky(nn.Module):
+    """Leaky by call, with its slope named, by place and by default."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(F.leaky_relu(F.leaky_relu(x, negative_slope=0.2), 0.5))
+
+
 def _then(*modules: nn.Module) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(nn.Conv2d(5, 20, 1), *modules)
 
@@ -68,6 +76,8 @@ BODIES: dict[str, Callable[[], nn.Module]] = {
     "relu6": _then(nn.ReLU6(), nn.Conv2d(20, 9, 1), nn.Hardtanh(0.0, 0.5)),
     "silu": _then(nn.SiLU(inplace=True)),
     "sigmoid": _then(nn.Sigmoid()),
+    "leaky": _then(nn.LeakyReLU(0.1, inplace=True), nn.Conv2d(20, 9, 1), nn.LeakyReLU()),
+    "leaky-call": _then(_Leaky()),
     "hardsigmoid": _then(nn.Hardsigmoid()),
     "norm-first": _then(nn.ReLU(), nn.BatchNorm2d(20), nn.ReLU(), nn.Conv2d(20, 4, 3)),
     "max-ceil": _then(nn.MaxPool2d(3, 2, ceil_mode=True)),
@@ -90,6 +100,31 @@ def test_every_operation_of_a_plan_equals_torch(kind: str) -> None:
         x = scale * torch.randn(batch, 5, 11, 13)
         want = model(x)
         torch.testing.assert_close(deployed(x), want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
+CURVES: dict[Curve, Callable[[Tensor], Tensor]] = {
+    Curve.HARDSWISH: F.hardswish,
+    Curve.HARDSIGMOID: F.hardsigmoid,
+    Curve.SILU: F.silu,
+    Curve.SIGMOID: torch.sigmoid,
+    Curve.LEAKY: lambda x: F.leaky_relu(x, 0.3),
+}
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("halo", [0, 1])  # pixels side by side in memory, or with a gap between lines
+def test_curves_are_exact_to_float32_over_the_whole_range(curve: Curve, halo: int) -> None:
+    program = Program(2, 1)
+    x, out = program.buffer(16, 30, 40, halo=halo), program.buffer(16, 30, 40)
+    program.curve(x, out, curve, 0.3)
+    program.set_input(x)
+    program.set_output(out)
+    program.finish()
+    image = torch.linspace(-80, 80, 2 * 16 * 30 * 40).reshape(2, 16, 30, 40)
+    torch.testing.assert_close(program.run(image).double(), CURVES[curve](image.double()), rtol=5e-7, atol=1e-7)
+    ends = torch.full((2, 16, 30, 40), 1e4) * torch.tensor([-1.0, 1.0]).repeat(20)
+    torch.testing.assert_close(program.run(ends), CURVES[curve](ends), rtol=1e-6, atol=1e-6)
+    assert program.run(torch.full((2, 16, 30, 40), float("nan"))).isnan().all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -59,7 +59,7 @@ def both(plan: Plan, x: Tensor, limits: tuple[int, int]) -> tuple[Tensor, Tensor
     return *results, found[0] - found[1]
 
 
-@pytest.mark.parametrize("act", [nn.ReLU6, nn.Hardswish, nn.SiLU])
+@pytest.mark.parametrize("act", [nn.ReLU6, nn.Hardswish, nn.SiLU, nn.LeakyReLU])
 @pytest.mark.parametrize("limit", [1, 6_000, 30_000])
 @pytest.mark.parametrize(("batch", "threads"), [(1, 1), (3, 1), (5, 2), (1, 2)])
 def test_mobile_blocks_by_strips_equal_whole_maps(

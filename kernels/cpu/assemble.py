@@ -192,6 +192,7 @@ def _elementwise(operation: Elementwise, memory: Memory) -> Row:
         Field.CAP: float_bits(operation.cap),
         Field.TIMES: int(operation.times),
         Field.CURVE: int(operation.curve),
+        Field.SLOPE: float_bits(operation.slope),
     }
 
 

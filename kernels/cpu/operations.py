@@ -62,11 +62,12 @@ class Depthwise:
 
 @dataclass(frozen=True, slots=True)
 class Elementwise:
-    """``out = curve(min(relu(x · scale + shift + y), cap))``, each part optional.
+    """``out = min(relu(x · scale + shift + y), cap)``, each part optional, or ``out = curve(x)``.
 
     Attributes:
         y: Another map of the same size; where ``times``, multiplied instead of added, and it may be 1×1.
         scale, shift: (C) float32.
+        slope: Of a leaky curve.
         offset: First channel of ``out`` that is written, a multiple of 16; ``out`` may have more channels than ``x``.
     """
 
@@ -77,6 +78,7 @@ class Elementwise:
     cap: float = math.inf
     times: bool = False
     curve: Curve = Curve.NONE
+    slope: float = 0.0
     scale: Floats | None = None
     shift: Floats | None = None
     offset: int = 0

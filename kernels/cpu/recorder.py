@@ -118,9 +118,9 @@ class Recorder:
         """Add ``out = x · y``; ``y`` has the size of ``x``, or 1×1 pixel."""
         self._elementwise("multiply", Elementwise(x, y, out, times=True))
 
-    def curve(self, x: Buffer, out: Buffer, curve: Curve) -> None:
-        """Add ``out = curve(x)``; ``out`` may be ``x``."""
-        self._elementwise("curve", Elementwise(x, None, out, curve=curve))
+    def curve(self, x: Buffer, out: Buffer, curve: Curve, slope: float = 0.0) -> None:
+        """Add ``out = curve(x)``, a leaky one with its ``slope``; ``out`` may be ``x``."""
+        self._elementwise("curve", Elementwise(x, None, out, curve=curve, slope=slope))
 
     def affine(
         self, x: Buffer, out: Buffer, scale_C: torch.Tensor, shift_C: torch.Tensor, relu: bool, cap: float = math.inf

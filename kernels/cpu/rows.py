@@ -86,6 +86,7 @@ class Field(IntEnum):
     WAIT = 56  # before the row: number that the neighbours must have announced, 0 for none, -1: all threads meet
     MARK = 57  # announced when the edge items are done; 0 for nothing
     VARIANT = 58  # depthwise: its tile, of VECTORS pixels
+    SLOPE = 59  # leaky curve: bits of the float32 that negative numbers are multiplied by
 
 
 class Curve(IntEnum):
@@ -96,6 +97,7 @@ class Curve(IntEnum):
     HARDSIGMOID = 2  # min(max(x + 3, 0), 6) / 6
     SILU = 3  # x · sigmoid(x)
     SIGMOID = 4
+    LEAKY = 5  # x, or slope · x where that is negative
 
 
 class Control(IntEnum):

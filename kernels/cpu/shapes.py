@@ -109,3 +109,13 @@ def vector_registers() -> int:
         return 32
     # 16 registers of 8 lanes, or 32 (or 16) of 4.
     return 8
+
+
+@cache
+def has_estimates() -> bool:
+    """Return whether 16 lanes of reciprocals to 14 bits, and their powers of two, are one instruction each."""
+    from llvmlite import binding
+    from numba.core import config
+
+    # Code may be made for a lesser machine than this one.
+    return bool(binding.get_host_cpu_features().get("avx512f")) and not vars(config).get("CPU_NAME")

@@ -16,12 +16,13 @@ from autoprune.kernels.cpu.vector import (
     elementwise_vector,
     exchange,
     gather_transposed,
-    hard_vector,
+    hard_run,
+    leaky_run,
     peek,
     peek32,
     pool_vector,
     scatter_transposed,
-    smooth_vector,
+    smooth_run,
     transpose_block,
 )
 
@@ -113,7 +114,7 @@ def _csr(
 
 @njit(nogil=True)
 def _elementwise(row: int, image: int, line: int) -> None:
-    scale, shift, curve = _get(row, Field.SCALE), _get(row, Field.SHIFT), _get(row, Field.CURVE)
+    scale, shift = _get(row, Field.SCALE), _get(row, Field.SHIFT)
     relu, y, width, channels = (
         _get(row, Field.RELU), _get(row, Field.Y), _get(row, Field.WIDTH), _get(row, Field.CHANNELS)
     )
@@ -129,10 +130,24 @@ def _elementwise(row: int, image: int, line: int) -> None:
                 scale + 64 * c if scale != 0 else 0, shift + 64 * c if scale != 0 else 0, relu,
                 _get(row, Field.CAP),
             )
-            if curve == Curve.HARDSWISH or curve == Curve.HARDSIGMOID:
-                hard_vector(to, 1 if curve == Curve.HARDSWISH else 0)
-            elif curve != Curve.NONE:
-                smooth_vector(to, 1 if curve == Curve.SILU else 0)
+
+
+@njit(nogil=True)
+def _curve(row: int, curve: int, image: int, line: int) -> None:
+    pixels, count = _get(row, Field.WIDTH), _get(row, Field.CHANNELS)
+    step, out_step = _get(row, Field.X_STEP), _get(row, Field.OUT_STEP)
+    x = _get(row, Field.X) + image * _get(row, Field.X_IMAGE) + line * _get(row, Field.X_ROW)
+    out = _get(row, Field.OUT) + image * _get(row, Field.OUT_IMAGE) + line * _get(row, Field.OUT_ROW)
+    if step == 64 * count and out_step == step:  # pixels lie side by side
+        pixels, count = 1, pixels * count
+    for pixel in range(pixels):
+        to, of = out + pixel * out_step, x + pixel * step
+        if curve == Curve.LEAKY:
+            leaky_run(to, of, count, _get(row, Field.SLOPE))
+        elif curve == Curve.HARDSWISH or curve == Curve.HARDSIGMOID:
+            hard_run(to, of, count, 1 if curve == Curve.HARDSWISH else 0)
+        else:
+            smooth_run(to, of, count, 1 if curve == Curve.SILU else 0)
 
 
 @njit(nogil=True)
@@ -212,10 +227,12 @@ def _exchange_user(row: int, user: int, inward: bool, image: int, line: int) -> 
 def _lines(row: int, user: int, first: int, last: int, begin: int, end: int, part: int, parts: int) -> None:
     """Do this thread's share of a row whose items are lines of pixels."""
     op, lines, count = _get(row, Field.OP), _get(row, Field.TILES) + 4 * begin, end - begin
-    units = (last - first) * count
+    units, curve = (last - first) * count, _get(row, Field.CURVE)
     for unit in range(units * part // parts, units * (part + 1) // parts):
         image, line = first + unit // count, peek32(lines + 4 * (unit % count))
-        if op == Op.ADD:
+        if op == Op.ADD and curve != Curve.NONE:
+            _curve(row, curve, image, line)
+        elif op == Op.ADD:
             _elementwise(row, image, line)
         elif op == Op.DEPTHWISE:
             _depthwise(row, image, line)
