@@ -1,9 +1,10 @@
 """What pruning during training costs and keeps, against dense training by the same recipe, seed by seed.
 
     python benchmarks/trainers.py [--case clicktrain campfire trade] [--epochs 16] [--seeds 3] [--embedded]
-    python benchmarks/trainers.py --case core --epochs 4 --seeds 2
+    python benchmarks/trainers.py --case core --epochs 4 --seeds 2 --images 2000 --background
 
-core: ClickTrain at 8.6 and 4.5 times, Campfire at 60 and 80 %, a searched policy against a uniform one of its latency.
+core: ClickTrain at 8.6 and 4.5 times, Campfire at 60 and 80 %, a searched policy against a uniform one of its latency
+(searched: that pair alone, of any search by --searched RUN).
 clicktrain: 2.25, 4.5, 8.6 and 10.7 times fewer convolution weights, per-kernel patterns and patterns shared by 16
 filters. campfire: window, CK and combined at 40 to 80 %, the era early, in the middle and late, ten more epochs in a
 hundred after a further drop, FGSM at 60 %. trade: ClickTrain against train → prune → fine-tune and train → ADMM →
@@ -21,12 +22,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import RESULTS, row
-from trainers_cells import CELLS, Cell
+from trainers_cells import CELLS, REFERENCE, Cell, searched_cells
 
 from autoprune.core.layers import LayerSpec
 from autoprune.core.policy import Policy
@@ -126,9 +128,10 @@ def measure(bench: Bench, cell: Cell) -> list[BenchRow]:
     rows.append(made("true sparsity of pruned layers", [first.prunable_sparsity]))
     for metric in ("inference_macs_saved", "training_macs_saved"):
         rows.append(made(metric.replace("_", " ").replace("macs", "MACs") + ", counted", [getattr(first, metric)]))
-    seconds = [result.seconds["train"] for result, _ in pruned]
-    base = float(np.median([result.seconds["train"] for result, _ in dense]))
-    rows.append(made("training time, measured", seconds, base, "s"))
+    if not options.background:
+        seconds = [result.seconds["train"] for result, _ in pruned]
+        base = float(np.median([result.seconds["train"] for result, _ in dense]))
+        rows.append(made("training time, measured", seconds, base, "s"))
     if cell.latency is not None:
         rows.append(made("latency / dense latency, by the search's table", [cell.latency]))
     rows.append(made("epochs", [float(cell.recipe.epochs)], float(cell.dense_recipe.epochs), "epochs"))
@@ -154,15 +157,17 @@ def known(path: Path) -> set[tuple[str, str]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the studies cell by cell; rows are written as soon as a cell is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", choices=list(CELLS), default=list(CELLS)[1:])
+    parser.add_argument("--case", nargs="+", choices=list(CELLS), default=["clicktrain", "campfire", "trade"])
     parser.add_argument("--only", default="", help="cells whose name contains this text")
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--embedded", action="store_true", help="train on the images inside the package")
+    parser.add_argument("--searched", type=Path, default=REFERENCE, help="folder of the search for --case searched")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--images", type=int, help="test images that are attacked (default: all)")
+    parser.add_argument("--background", action="store_true", help="other work goes on meanwhile: no row of seconds")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=RESULTS / "trainers.csv")
     options = parser.parse_args(arguments)
@@ -173,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     precision: Precision = "bf16" if options.device == "cuda" else native_precision()
     recipe = Recipe(epochs=options.epochs, precision=precision)
     for name in options.case:
-        for cell in CELLS[name](layers, recipe):
+        make = partial(searched_cells, run=options.searched) if name == "searched" else CELLS[name]
+        for cell in make(layers, recipe):
             if options.only not in cell.name or (case_of(bench, cell), cell.name) in known(options.results):
                 continue
             rows = measure(bench, cell)

@@ -125,28 +125,30 @@ def core_cells(layers: Sequence[LayerSpec], recipe: Recipe) -> Iterator[Cell]:
         kernels = kernels_for(layers, ratio)
         texts = (f"pattern(count=8,entries=4,kernels={kernels},share=1x1)", f"fine(keep={kernels})")
         yield Cell("core", f"clicktrain {ratio}x share 1x1", texts, "clicktrain", recipe, recipe, warm)
-    era = make_era(recipe.epochs)
-    # So few epochs are too coarse a grain for an era.
-    settings = {"era_start": era.start, "era_length": era.length, "schedule": "step", "every": 20}
+    settings = _short_era(recipe)
     for percent in (60, 80):
         keep = round(1.0 - percent / 100, 2)
         texts = (f"combined(keep={keep})", f"fine(keep={keep})")
         name = f"campfire combined {percent}%"
         yield Cell("core", name, texts, "campfire", recipe, recipe, settings, attack=percent == 60)
-    yield from pair_cells(layers, recipe, settings, REFERENCE)
+    yield from searched_cells(layers, recipe)
 
 
-def pair_cells(
-    layers: Sequence[LayerSpec], recipe: Recipe, settings: Mapping[str, object], run: Path
-) -> Iterator[Cell]:
+def _short_era(recipe: Recipe) -> dict[str, object]:
+    """Return Campfire's settings for a few epochs, which are too coarse a grain for its era."""
+    era = make_era(recipe.epochs)
+    return {"era_start": era.start, "era_length": era.length, "schedule": "step", "every": 20}
+
+
+def searched_cells(layers: Sequence[LayerSpec], recipe: Recipe, run: Path = REFERENCE) -> Iterator[Cell]:
     """A search's policy against single weights at one density, of the same latency by the search's own table.
 
     Args:
         layers: Of the network that was searched.
-        recipe: Of both trainings.
-        settings: Of Campfire, which trains both.
+        recipe: Of both trainings, which Campfire prunes.
         run: The search's folder.
     """
+    settings = _short_era(recipe)
     searched = Policy.load(run / "policy.json")
     table = LatencyTable.load(run / "table.json")
     dense_us = table.network_us(layers, {})
@@ -182,4 +184,5 @@ CELLS: Mapping[str, Callable[[Sequence[LayerSpec], Recipe], Iterator[Cell]]] = {
     "clicktrain": clicktrain_cells,
     "campfire": campfire_cells,
     "trade": trade_cells,
+    "searched": searched_cells,
 }
