@@ -26,6 +26,7 @@ from autoprune.trainers.savings import final_time_saved, trained_on
 from autoprune.trainers.session import Session, attach
 from autoprune.trainers.steps import (
     DIRECTIONS,
+    STEP,
     StepChooser,
     StepRow,
     StepSettings,
@@ -201,6 +202,21 @@ def test_the_fastest_kernel_of_each_direction_runs_a_layer() -> None:
     slow = decide_step("a", [row if row.kernel == "dense" else replace(row, us=200) for row in rows])
     assert not slow.sparse
     assert slow.why.startswith("dense because no sparse kernel is faster: forward dense 100 us, block 200 us")
+
+
+def test_a_layer_whose_whole_step_gains_nothing_stays_dense() -> None:
+    rows = [StepRow("a", direction, "dense", 100) for direction in DIRECTIONS]
+    rows += [StepRow("a", direction, "csr", 80) for direction in DIRECTIONS]
+    whole = [StepRow("a", STEP, "dense", 300), StepRow("a", STEP, "chosen", 295)]
+    run = decide_step("a", rows + whole)
+    assert not run.sparse
+    assert set(run.kernels.values()) == {"dense"}
+    assert run.dense_us == run.chosen_us == 300
+    assert "a whole step takes 295 us on sparse kernels against 300 us" in run.why
+    run = decide_step("a", [*rows, whole[0], replace(whole[1], us=200)])
+    assert run.sparse
+    assert (run.dense_us, run.chosen_us) == (300, 200)
+    assert run.why.startswith("sparse because it takes 0.67 of a dense step")
 
 
 def test_shared_masks_are_found_by_their_blocks() -> None:

@@ -2,8 +2,8 @@
 
 A direction is the forward pass, the gradient of the input or that of the weight. Each is measured on torch's dense
 kernels and on the sparse ones that can run it, at the batch, precision and threads of the training, maps included as
-the training has them. The fastest of each direction runs the layer; a layer that no sparse kernel speeds up by
-``MARGIN`` stays as it is, at no cost.
+the training has them. The fastest of each direction are then measured together, as the layer's whole step with all that
+calling them costs; a layer whose step they do not speed up by ``MARGIN`` stays as it is, at no cost.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,10 +28,14 @@ from autoprune.core.rundir import write_text
 from autoprune.lut.context import current_context
 from autoprune.trainers.execution import FrozenLayer, LayerRun, SparseForward
 
+if TYPE_CHECKING:
+    from autoprune.kernels.cpu.trained import Kernels
+
 # Layer shape, choice and density → its rows.
 StepTable = dict[str, list["StepRow"]]
 Direction = Literal["forward", "input gradient", "weight gradient"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+STEP: Literal["step"] = "step"  # all directions, by autograd
 MARGIN = 0.97  # of the dense time: what wins by less may as well lose
 _ROUNDS, _SECONDS = 7, 0.4  # of one layer's kernels by turns: at most so many, but no further round after so long
 _BLOCKS_OFFERED = 0.85  # share of kept blocks above which their kernel does nearly a dense layer's work
@@ -66,10 +70,13 @@ class StepSettings:
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """Median microseconds of one direction of one layer on one kernel (``dense``, ``block``, ``csr``)."""
+    """Median microseconds of one direction of one layer on one kernel (``dense``, ``block``, ``csr``).
+
+    Of a whole step: on dense kernels, and on the ``chosen`` ones.
+    """
 
     layer: str
-    direction: Direction
+    direction: Direction | Literal["step"]
     kernel: str
     us: float
 
@@ -79,7 +86,7 @@ def decide_step(layer: str, rows: Sequence[StepRow]) -> LayerRun:
 
     Args:
         layer: Its name.
-        rows: Of this layer, a dense one for each direction among them.
+        rows: Of this layer, a dense one for each direction among them, and of its whole step where measured.
     """
     kernels: dict[str, str] = {}
     parts: list[str] = []
@@ -96,6 +103,12 @@ def decide_step(layer: str, rows: Sequence[StepRow]) -> LayerRun:
             parts.append(f"{direction} {name} {us:.0f} us against {dense:.0f} us dense")
         kernels[direction] = name
         dense_us, chosen_us = dense_us + dense, chosen_us + us
+    whole = {row.kernel: row.us for row in rows if row.direction == STEP}
+    if whole:
+        dense_us, chosen_us = whole["dense"], whole["chosen"]
+    if chosen_us >= MARGIN * dense_us and any(kernel != "dense" for kernel in kernels.values()):
+        kernels = dict.fromkeys(kernels, "dense")
+        parts.insert(0, f"a whole step takes {chosen_us:.0f} us on sparse kernels against {dense_us:.0f} us")
     found = LayerRun(layer, kernels, "; ".join(parts), dense_us, chosen_us)
     if not found.sparse:
         return LayerRun(layer, kernels, f"dense because no sparse kernel is faster: {found.why}", dense_us, dense_us)
@@ -121,7 +134,7 @@ class StepChooser:
 
     def __call__(self, frozen: FrozenLayer) -> SparseForward | None:
         """Return the operator that is to run a layer, or None to leave it dense."""
-        from autoprune.kernels.cpu.trained import Kernels, refusal
+        from autoprune.kernels.cpu.trained import refusal
         from autoprune.kernels.training import SparseConv
 
         reason = _refusal(frozen)
@@ -137,9 +150,7 @@ class StepChooser:
         run = self.runs[frozen.name] = decide_step(frozen.name, self.rows[key])
         if not run.sparse:
             return None
-        chosen = {name: None if kernel == "dense" else kernel for name, kernel in run.kernels.items()}
-        kernels = Kernels(chosen["forward"], chosen["input gradient"], chosen["weight gradient"])  # type: ignore[arg-type]
-        return SparseConv(frozen.spec, frozen.mask, kernels, _threads(self.settings))
+        return SparseConv(frozen.spec, frozen.mask, chosen_kernels(run), _threads(self.settings))
 
     def explain(self) -> tuple[LayerRun, ...]:
         """Return what each layer is trained on, and why."""
@@ -225,7 +236,42 @@ def measure_step(layer: LayerSpec, mask: Tensor, settings: StepSettings) -> list
                 samples[case].append(1e6 * (time.perf_counter() - before))
         if number > 1 and time.perf_counter() - began > _SECONDS:
             break
-    return [StepRow(layer.name, name, kernel, float(np.median(us))) for (kernel, name), us in samples.items()]
+    rows = [StepRow(layer.name, name, kernel, float(np.median(us))) for (kernel, name), us in samples.items()]
+    chosen = decide_step(layer.name, rows)
+    return rows + (_whole_steps(layer, mask, (x, dy, weight), chosen, settings) if chosen.sparse else [])
+
+
+def chosen_kernels(run: LayerRun) -> Kernels:
+    """Return what a layer's operator is to be made of."""
+    from autoprune.kernels.cpu.trained import Kernels
+
+    chosen = (None if run.kernels[name] == "dense" else run.kernels[name] for name in DIRECTIONS)
+    return Kernels(*chosen)  # type: ignore[arg-type]
+
+
+def _whole_steps(
+    layer: LayerSpec, mask: Tensor, tensors: tuple[Tensor, Tensor, Tensor], run: LayerRun, settings: StepSettings
+) -> list[StepRow]:
+    """Return the rows of a layer's whole step, on dense kernels and on those of ``run``."""
+    from autoprune.kernels.training import SparseConv
+
+    x, dy, weight = tensors
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    sparse = SparseConv(layer, mask, chosen_kernels(run), _threads(settings))
+    cases: dict[str, Callable[[], Tensor]] = {
+        "dense": lambda: F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation),
+        "chosen": lambda: sparse(x, weight, None),
+    }
+    samples: dict[str, list[float]] = {case: [] for case in cases}
+    for number in range(_ROUNDS + 1):
+        for case, forward in cases.items():
+            before = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.half):
+                y = forward()
+            torch.autograd.grad(y, (x, weight), dy)
+            if number > 0:
+                samples[case].append(1e6 * (time.perf_counter() - before))
+    return [StepRow(layer.name, STEP, case, float(np.median(us))) for case, us in samples.items()]
 
 
 def _maps(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
