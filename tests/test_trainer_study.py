@@ -40,7 +40,7 @@ def test_every_case_writes_rows_and_a_second_call_adds_none(
 ) -> None:
     results = tmp_path / "rows.csv"
     common = ["--model", "tiny", "--embedded", "--epochs", "3", "--seeds", "1", "--runs-dir", str(tmp_path / "runs")]
-    monkeypatch.setattr(cells, "pair_cells", lambda *given: iter(()))
+    monkeypatch.setattr(cells, "searched_cells", lambda *given: iter(()))
     for case, only in (
         ("core", "60%"),
         ("clicktrain", "8.6x share 1x1"),
@@ -59,6 +59,10 @@ def test_every_case_writes_rows_and_a_second_call_adds_none(
     assert sum("FGSM" in row["metric"] for row in rows) == 12
     epochs = {row["choice"]: float(row["ratio"]) for row in rows if row["metric"] == "epochs"}
     assert epochs["train, prune, fine-tune 0.25E"] == pytest.approx(4 / 3, abs=1e-3)
+    assert sum(row["metric"] == "training time, measured" for row in rows) == 4
+    quiet = tmp_path / "background.csv"
+    study.main(["--case", "core", "--only", "60%", "--background", *common, "--results", str(quiet)])
+    assert "training time" not in quiet.read_text()
     before = results.read_text()
     study.main(["--case", "clicktrain", "--only", "8.6x share 1x1", *common, "--results", str(results)])
     assert results.read_text() == before
@@ -77,7 +81,7 @@ def test_kernels_are_kept_for_the_wanted_compression(ratio: float) -> None:
 
 def test_the_pair_differs_in_its_policies_and_in_nothing_else() -> None:
     layers = trace(build_model("resnet20"), torch.zeros(1, 1, 28, 28))
-    searched, uniform = cells.pair_cells(layers, Recipe(epochs=4), {"era_start": 1}, cells.REFERENCE)
+    searched, uniform = cells.searched_cells(layers, Recipe(epochs=4))
     assert searched.recipe == uniform.recipe
     assert searched.settings == uniform.settings
     assert searched.policy is not None
