@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,11 +17,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def command() -> str:
-    """Return the command that is running, as it is repeated: without the folder of this machine that holds its runs."""
+    """Return the command that is running, as it is repeated: folders of this machine go, or are told by their last name."""
     words = list(sys.argv[1:])
-    if "--runs-dir" in words:
-        place = words.index("--runs-dir")
-        del words[place : place + 2]
+    for option in ("--runs-dir", "--results", "--data-dir"):
+        if option in words:
+            place = words.index(option)
+            del words[place : place + 2]
+    words = [re.sub(r"/[^\s#]*/", "", word) for word in words]
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
