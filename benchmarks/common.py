@@ -17,13 +17,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def command() -> str:
-    """Return the command that is running, as it is repeated: folders of this machine go, or are told by their last name."""
+    """Return the command that is running, as it is repeated: folders of this machine go, or keep their last name."""
     words = list(sys.argv[1:])
     for option in ("--runs-dir", "--results", "--data-dir"):
         if option in words:
             place = words.index(option)
             del words[place : place + 2]
-    words = [re.sub(r"/[^\s#]*/", "", word) for word in words]
+    words = [re.sub(r"(?<![^:=])/[^\s#]*/", "", word) for word in words]
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
