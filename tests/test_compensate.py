@@ -48,15 +48,20 @@ def test_compensated_weights_are_the_least_squares_solution_of_every_row(density
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("density", [0.45, 0.9])
-@pytest.mark.parametrize("condition", [1e1, 1e3, 1e9])
+@pytest.mark.parametrize("density", [0.45, 0.75])
+@pytest.mark.parametrize("spread", [1e1, 1e3, 1e9])  # of the eigenvalues, before damping
 def test_large_systems_come_as_close_to_the_least_error_as_they_are_told(
-    condition: float, density: float, shared: bool
+    spread: float, density: float, shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a row was solved on its own")
+
+    for direct in ("_solve_kept", "_solve_pruned", "_solve_rows"):
+        monkeypatch.setattr(f"autoprune.sparsity.compensate.{direct}", refuse)
     generator = torch.Generator().manual_seed(3)
-    inputs = 1200 if density < 0.5 else 3000
+    inputs = 1200
     basis = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator)).Q.double()
-    scales = torch.logspace(0, -np.log10(condition), inputs, dtype=torch.float64)
+    scales = torch.logspace(0, -np.log10(spread), inputs, dtype=torch.float64)
     hessian = Hessian((basis * scales) @ basis.T)
     weight = torch.randn(6, inputs, generator=generator)
     mask = torch.rand(6, inputs, generator=generator) < density

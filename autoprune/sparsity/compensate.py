@@ -143,7 +143,8 @@ def _descend(weight: Tensor, mask: Tensor, hessian: Hessian, slack: float, start
     below ``slack`` of its error. Rows that do not get there are solved one by one, in float64.
     """
     matrix, inverse = hessian.single
-    found = (start * mask).float()
+    # A row that keeps everything is the dense one: no error is a share of its own.
+    found = (torch.where(mask.all(1, keepdim=True), weight, start.double()) * mask).float()
     gone = weight.float() - found
     slope = gone @ matrix
     error = (gone * slope).sum(1)

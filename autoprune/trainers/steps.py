@@ -256,7 +256,9 @@ def _whole_steps(
     from autoprune.kernels.training import SparseConv
 
     x, dy, weight = tensors
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    # The weight's layout is that of a network in channels-last memory, in which dense convolutions are fastest.
+    weight = weight.contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = x.detach().requires_grad_()
     sparse = SparseConv(layer, mask, chosen_kernels(run), _threads(settings))
     cases: dict[str, Callable[[], Tensor]] = {
         "dense": lambda: F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation),
